@@ -1,0 +1,2 @@
+import CPUKernels
+public func b() -> Int32 { x() }

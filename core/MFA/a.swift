@@ -1,0 +1,2 @@
+import CPUBackend
+public func c() -> Int32 { b() }

@@ -1,0 +1,4 @@
+import Testing
+import CABI
+@testable import MFA
+@Test func t() { #expect(c() == 1) }
