@@ -1,0 +1,110 @@
+"""Build libmfa, the shared library behind include/mfa.h.
+
+The one place that knows the linker's flags: just, and the build hook of the Python package, both come here. Run as a program it prints the
+path of the library.
+
+    python tools/build_library.py [--configuration release|debug] [--scratch-path FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MINIMUM_SWIFT = (6, 3)
+LIBRARY_NAME = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
+
+# Kernels are C: vectorised harder than SwiftPM's -O2, and free of errno, which nobody reads. Nothing that changes results.
+KERNEL_FLAGS = ["-Xcc", "-O3", "-Xcc", "-fno-math-errno"]
+
+
+class BuildError(Exception):
+    """Why the library could not be built, in words for the person at the keyboard."""
+
+
+def find_swift() -> str:
+    """The path of a Swift compiler that is new enough.
+
+    Raises
+    ------
+    BuildError
+        If there is none.
+    """
+    wanted = ".".join(map(str, MINIMUM_SWIFT))
+    swift = shutil.which("swift")
+    if swift is None:
+        raise BuildError(f"libmfa needs Swift >= {wanted}, and there is no `swift` on PATH: see https://swift.org/install")
+    answer = subprocess.run([swift, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    match = re.search(r"Swift version (\d+)\.(\d+)", answer.stdout)
+    if match is None:
+        raise BuildError(f"`{swift} --version` does not name a version: {(answer.stdout + answer.stderr).strip()!r}")
+    if (int(match[1]), int(match[2])) < MINIMUM_SWIFT:
+        raise BuildError(f"libmfa needs Swift >= {wanted}, and {swift} is {match[1]}.{match[2]}: see https://swift.org/install")
+    return swift
+
+
+def linker_flags(configuration: str) -> list[str]:
+    """What `swift build` has to tell the linker, on this system."""
+    if sys.platform == "darwin":
+        # The counterpart of the version script. macOS has the Swift runtime and resolves symbols eagerly by itself. Not yet run on a Mac.
+        return ["-Xlinker", "-exported_symbol", "-Xlinker", "_mfa_*", "-Xlinker", "-dead_strip"]
+    # Worker threads outlive any dlclose(), so the library has to stay: nodelete.
+    words = [f"--version-script={ROOT / 'tools' / 'mfa.map'}", "-soname=libmfa.so", "-z", "nodelete"]
+    if configuration == "release":
+        # A debug build may be linked with a sanitizer, whose symbols are undefined until it is loaded.
+        words += ["--gc-sections", "-z", "defs"]
+    return ["-Xswiftc", "-static-stdlib", *(flag for word in words for flag in ("-Xlinker", word))]
+
+
+def build_library(configuration: str = "release", scratch_path: str | Path | None = None) -> Path:
+    """Build libmfa with SwiftPM; quick if nothing changed.
+
+    Parameters
+    ----------
+    configuration
+        ``"release"`` or ``"debug"``.
+    scratch_path
+        Folder for what SwiftPM makes; ``.build`` at the repository's root by default.
+
+    Returns
+    -------
+    Path
+        The library. SwiftPM replaces it at the next build: copy or link it.
+
+    Raises
+    ------
+    BuildError
+        If Swift is missing or too old, or does not compile the library.
+    """
+    scratch = Path(scratch_path) if scratch_path is not None else ROOT / ".build"
+    command = [find_swift(), "build", "--package-path", str(ROOT), "--scratch-path", str(scratch), "--configuration", configuration]
+    command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration)]
+    # SwiftPM tells of its progress on standard output, which belongs to this program's answer.
+    if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
+        raise BuildError("`swift build` failed; the messages above say why")
+    answer = subprocess.run([*command, "--show-bin-path"], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    library = Path(answer.stdout.strip()) / LIBRARY_NAME
+    if not library.is_file():
+        raise BuildError(f"`swift build` succeeded, but there is no library at {library}")
+    return library
+
+
+def main() -> None:
+    """Build as the command line says, and print the library's path."""
+    parser = argparse.ArgumentParser(description="Build libmfa and print its path.")
+    parser.add_argument("--configuration", choices=["release", "debug"], default="release")
+    parser.add_argument("--scratch-path", type=Path, help="folder for intermediate files (default: .build)")
+    arguments = parser.parse_args()
+    try:
+        print(build_library(arguments.configuration, arguments.scratch_path))
+    except BuildError as error:
+        sys.exit(f"build_library: {error}")
+
+
+if __name__ == "__main__":
+    main()
