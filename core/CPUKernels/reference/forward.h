@@ -1,0 +1,200 @@
+/* Forward: one item is a tile of query rows of one head. Online softmax over column tiles (Milakov and Gimelshein 2018; Dao et al. 2022). */
+
+typedef struct {
+    score_tile tile;
+    real* rows;          /* [tile rows][channels]: queries in, output out */
+    real* query;         /* [head_dim][tile rows] */
+    real* key;           /* [TILE_COLUMNS][head_dim] */
+    real* value;         /* [TILE_COLUMNS][head_dim_v] */
+    real* finite_value;  /* the same, for tiles that are not finite */
+    real* output;        /* [head_dim_v][tile rows] */
+    real* dropout;       /* [TILE_COLUMNS][tile rows] */
+    real* highest;       /* of each row: the highest score so far */
+    real* sum;           /* sum of exp(score - highest) */
+    real* rescale;       /* exp(old highest - new highest) */
+    real_bits* attended; /* whether any column was attended */
+} forward_workspace;
+
+static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace)
+{
+    workspace_cursor cursor = {memory, 0};
+    int64_t rows = tile_rows(attention), head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
+    take_score_tile(&cursor, attention, false, &workspace->tile);
+    workspace->rows = workspace_take_reals(&cursor, rows * maximum(head_dim, head_dim_v));
+    workspace->query = workspace_take_reals(&cursor, head_dim * rows);
+    workspace->key = workspace_take_reals(&cursor, TILE_COLUMNS * head_dim);
+    workspace->value = workspace_take_reals(&cursor, TILE_COLUMNS * head_dim_v);
+    workspace->finite_value = workspace_take_reals(&cursor, TILE_COLUMNS * head_dim_v);
+    workspace->output = workspace_take_reals(&cursor, head_dim_v * rows);
+    workspace->dropout = attention->dropout_p > 0 ? workspace_take_reals(&cursor, TILE_COLUMNS * rows) : NULL;
+    workspace->highest = workspace_take_reals(&cursor, rows);
+    workspace->sum = workspace_take_reals(&cursor, rows);
+    workspace->rescale = workspace_take_reals(&cursor, rows);
+    workspace->attended = workspace_take(&cursor, rows, sizeof(real_bits));
+    return cursor.used;
+}
+
+static size_t forward_workspace_bytes(const cpu_attention* attention)
+{
+    forward_workspace workspace;
+    return forward_layout(attention, NULL, &workspace);
+}
+
+static int64_t row_tile_items(const cpu_attention* attention)
+{
+    return attention->batch_size * attention->num_heads * row_tile_count(attention);
+}
+
+/* Item -> head and first row. The last tiles come first: causal ones have the most columns. */
+static head_position locate_row_tile(const cpu_attention* attention, int64_t item, int64_t* first_row)
+{
+    int64_t tiles = row_tile_count(attention);
+    int64_t head = item / tiles;
+    *first_row = (tiles - 1 - item % tiles) * tile_rows(attention);
+    return locate_head(attention, head / attention->num_heads, head % attention->num_heads);
+}
+
+/* Replaces the tile's scores by exp(score - highest) and updates the rows' statistics. */
+static void accumulate_softmax(forward_workspace* workspace)
+{
+    score_tile* tile = &workspace->tile;
+    for (int64_t row = 0; row < tile->rows; row += LANES) {
+        vector old_highest = vector_load(workspace->highest + row);
+        vector highest = old_highest;
+        vector_mask attended = *(vector_mask*)(workspace->attended + row);
+        for (int64_t column = 0; column < tile->columns; column++) {
+            highest = vector_max(highest, vector_load(tile->scores + column * tile->rows + row));
+        }
+        /* Only -inf so far: any finite reference gives exp(-inf) = 0. */
+        vector reference = vector_select(highest == -(real)INFINITY, vector_of(0), highest);
+        vector sum = vector_of(0);
+        for (int64_t column = 0; column < tile->columns; column++) {
+            real* at = tile->scores + column * tile->rows + row;
+            vector weight = vector_exp(vector_load(at) - reference);
+            sum += weight;
+            vector_store(at, weight);
+        }
+        if (tile->full) {
+            attended = (vector_mask)(real_bits)-1;
+        } else {
+            for (int64_t column = 0; column < tile->columns; column++) {
+                attended |= *(vector_mask*)(tile->attended + column * tile->rows + row);
+            }
+        }
+        vector rescale = vector_exp(old_highest - reference);
+        vector_store(workspace->highest + row, highest);
+        vector_store(workspace->rescale + row, rescale);
+        vector_store(workspace->sum + row, vector_load(workspace->sum + row) * rescale + sum);
+        *(vector_mask*)(workspace->attended + row) = attended;
+    }
+}
+
+/* A tile of values that are not all finite was multiplied as if they were: rows that attend one of the others become NaN in its channel. */
+static void poison_output(const cpu_attention* attention, forward_workspace* workspace)
+{
+    const score_tile* tile = &workspace->tile;
+    for (int64_t column = 0; column < tile->columns; column++) {
+        for (int64_t channel = 0; channel < attention->head_dim_v; channel++) {
+            real value = workspace->value[column * attention->head_dim_v + channel];
+            if (value - value == 0) continue;
+            for (int64_t row = 0; row < tile->valid_rows; row++) {
+                if (is_attended(tile, column, row)) workspace->output[channel * tile->rows + row] = NAN;
+            }
+        }
+    }
+}
+
+static void accumulate_output(const cpu_attention* attention, forward_workspace* workspace)
+{
+    const score_tile* tile = &workspace->tile;
+    const int64_t rows = tile->rows, head_dim_v = attention->head_dim_v;
+    vector_mask changed = (vector_mask)(real_bits)0;
+    for (int64_t row = 0; row < rows; row += LANES) changed |= vector_load(workspace->rescale + row) != (real)1;
+    if (vector_any(changed)) {
+        for (int64_t channel = 0; channel < head_dim_v; channel++) {
+            for (int64_t row = 0; row < rows; row += LANES) {
+                real* at = workspace->output + channel * rows + row;
+                vector_store(at, vector_load(at) * vector_load(workspace->rescale + row));
+            }
+        }
+    }
+    if (workspace->dropout) {
+        load_dropout(attention, &tile->position, tile->first_row, rows, tile->first_column, tile->columns, workspace->dropout);
+        for (int64_t k = 0; k < tile->columns * rows; k += LANES) {
+            vector_store(tile->scores + k, vector_load(tile->scores + k) * vector_load(workspace->dropout + k));
+        }
+    }
+    const real* value = workspace->value;
+    bool finite = rows_are_finite(value, head_dim_v, tile->columns, head_dim_v);
+    if (!finite) {
+        copy_finite(value, head_dim_v, tile->columns, head_dim_v, workspace->finite_value);
+        value = workspace->finite_value;
+    }
+    multiply(head_dim_v, rows, tile->columns, value, 1, head_dim_v, tile->scores, rows, workspace->output, rows, true);
+    if (!finite) poison_output(attention, workspace);
+}
+
+/* The factor of a row's accumulated output that makes it the result, and the row's logsumexp. */
+static real finish_row(const cpu_attention* attention, const forward_workspace* workspace, int64_t row, real* logsumexp)
+{
+    const real infinity = (real)INFINITY;
+    real highest = workspace->highest[row], sum = workspace->sum[row];
+    real sink = attention->sinks ? ((const real*)attention->sinks)[workspace->tile.position.h] : -infinity;
+    bool has_sink = !(sink == -infinity);
+    if (!workspace->attended[row]) {
+        *logsumexp = sink;
+        return 0;
+    }
+    if (!has_sink) {
+        *logsumexp = (real)((double)highest + log((double)sum));
+        return highest == -infinity ? (real)NAN : 1 / sum;
+    }
+    real reference = sink > highest ? sink : highest;
+    real weight = real_exp(highest - reference);
+    real total = sum * weight + (sink == reference ? 1 : real_exp(sink - reference));
+    *logsumexp = (real)((double)reference + log((double)total));
+    return weight / total;
+}
+
+static void forward_run(const cpu_attention* attention, int64_t item, void* memory)
+{
+    forward_workspace workspace;
+    forward_layout(attention, memory, &workspace);
+    score_tile* tile = &workspace.tile;
+    const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v, rows = tile->rows;
+
+    tile->position = locate_row_tile(attention, item, &tile->first_row);
+    tile->valid_rows = minimum(rows, attention->seq_len_q - tile->first_row);
+    const head_position* at = &tile->position;
+    load_rows(&attention->query, at->b, at->h, tile->first_row, tile->valid_rows, head_dim, workspace.rows, head_dim);
+    transpose_rows(workspace.rows, head_dim, tile->valid_rows, head_dim, workspace.query, rows);
+    for (int64_t row = 0; row < rows; row++) {
+        workspace.highest[row] = -(real)INFINITY;
+        workspace.sum[row] = 0;
+        workspace.attended[row] = 0;
+    }
+    memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
+
+    column_range range = columns_of_rows(attention, at, tile->first_row, tile->valid_rows);
+    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
+        if (!place_score_tile(attention, tile, column)) continue;
+        load_rows(&attention->key, at->b, at->kv_head, column, tile->columns, head_dim, workspace.key, head_dim);
+        load_rows(&attention->value, at->b, at->kv_head, column, tile->columns, head_dim_v, workspace.value, head_dim_v);
+        multiply(tile->columns, rows, head_dim, workspace.key, head_dim, 1, workspace.query, rows, tile->scores, rows, false);
+        finish_scores(attention, tile);
+        accumulate_softmax(&workspace);
+        accumulate_output(attention, &workspace);
+    }
+
+    real* logsumexp = attention->logsumexp;
+    int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + tile->first_row;
+    for (int64_t row = 0; row < tile->valid_rows; row++) {
+        real row_logsumexp;
+        real factor = finish_row(attention, &workspace, row, &row_logsumexp);
+        for (int64_t channel = 0; channel < head_dim_v; channel++) {
+            workspace.rows[channel] = workspace.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
+        }
+        store_row(&attention->output, at->b, at->h, tile->first_row + row, head_dim_v, workspace.rows);
+        if (logsumexp) logsumexp[first_statistic + row] = row_logsumexp;
+    }
+}

@@ -1,0 +1,119 @@
+/* The arithmetic of a reference kernel: its real type, vectors of it, and the functions that the softmax needs.
+ *
+ * Part of the template that attention.h assembles. KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
+ * compiler splits it into registers. All operations on vectors are lane by lane, so a row's result does not depend on the rows beside it. */
+
+#if KERNEL_FP64
+typedef double real;
+typedef int64_t real_bits;
+enum { LANES = 8 };
+#define load_row load_row_double
+#define store_row store_row_double
+#else
+typedef float real;
+typedef int32_t real_bits;
+enum { LANES = 16 };
+#define load_row load_row_float
+#define store_row store_row_float
+#endif
+
+typedef real vector __attribute__((ext_vector_type(LANES)));
+typedef real_bits vector_mask __attribute__((ext_vector_type(LANES))); /* a lane is 0 or -1 */
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vector vector_load(const real* address)
+{
+    return *(const vector*)address;
+}
+
+INLINE void vector_store(real* address, vector value)
+{
+    *(vector*)address = value;
+}
+
+INLINE vector vector_of(real value)
+{
+    return (vector)value;
+}
+
+INLINE vector vector_select(vector_mask mask, vector where_set, vector elsewhere)
+{
+    return mask ? where_set : elsewhere;
+}
+
+/* NaN in `candidate` leaves `highest` alone: NaN reaches a result through its exponential, not through the maximum. */
+INLINE vector vector_max(vector highest, vector candidate)
+{
+    return vector_select(candidate > highest, candidate, highest);
+}
+
+INLINE bool vector_any(vector_mask mask)
+{
+    real_bits any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= mask[lane];
+    return any != 0;
+}
+
+#if KERNEL_FP64
+
+INLINE vector vector_exp(vector x)
+{
+    vector result;
+    for (int lane = 0; lane < LANES; lane++) result[lane] = exp(x[lane]);
+    return result;
+}
+
+INLINE vector vector_tanh(vector x)
+{
+    vector result;
+    for (int lane = 0; lane < LANES; lane++) result[lane] = tanh(x[lane]);
+    return result;
+}
+
+#else
+
+/* e^x within about one unit in the last place for normal results; denormal results are flushed to 0; exp(0) is exactly 1.
+ * x = n ln 2 + r: 2^n from the exponent bits, e^r from the polynomial of S. Moshier's Cephes library (expf). */
+INLINE vector vector_exp(vector x)
+{
+    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+    vector shifted = x * 1.44269504088896341f + round_to_integer;
+    vector n = shifted - round_to_integer;
+    vector r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vector e = vector_of(1.9875691500e-4f);
+    e = e * r + 1.3981999507e-3f;
+    e = e * r + 8.3334519073e-3f;
+    e = e * r + 4.1665795894e-2f;
+    e = e * r + 1.6666665459e-1f;
+    e = e * r + 5.0000001201e-1f;
+    e = e * (r * r) + r + 1.0f;
+    vector_mask exponent = (*(vector_mask*)&shifted - 0x4B400000 + 127) << 23;
+    e = e * *(vector*)&exponent;
+    e = vector_select(x < -87.3f, vector_of(0), e);
+    return vector_select(x > 88.3f, vector_of(INFINITY), e);
+}
+
+/* tanh(x) within a few units in the last place: Cephes' odd polynomial (tanhf) for small arguments, else 1 - 2 / (e^2|x| + 1). */
+INLINE vector vector_tanh(vector x)
+{
+    vector square = x * x;
+    vector small = vector_of(-5.70498872745e-3f);
+    small = small * square + 2.06390887954e-2f;
+    small = small * square - 5.37397155531e-2f;
+    small = small * square + 1.33314422036e-1f;
+    small = small * square - 3.33332819422e-1f;
+    small = small * square * x + x;
+    vector magnitude = vector_select(x < 0, -x, x);
+    vector large = 1.0f - 2.0f / (vector_exp(2.0f * magnitude) + 1.0f);
+    large = vector_select(x < 0, -large, large);
+    return vector_select(magnitude < 0.625f, small, large);
+}
+
+#endif
+
+INLINE real real_exp(real x)
+{
+    return vector_exp(vector_of(x))[0];
+}

@@ -1,0 +1,347 @@
+/* The geometry of a problem and one tile of scores.
+ *
+ * A tile is TILE_COLUMNS key columns by up to TILE_ROWS query rows, stored transposed, [column][row], so that a vector holds one column of
+ * LANES query rows. Column tiles begin at multiples of TILE_COLUMNS whatever the limits are: a row's sums are then the same with and without
+ * padding behind kv_lengths, whichever tiles are skipped. */
+
+enum { TILE_ROWS = 64, TILE_COLUMNS = 64 };
+
+/* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
+
+enum { WORKSPACE_ALIGNMENT = 64 };
+
+/* Hands out aligned pieces of a thread's workspace; counts only, where there is no memory yet. */
+typedef struct {
+    char* memory; /* NULL: count */
+    size_t used;
+} workspace_cursor;
+
+static void* workspace_take(workspace_cursor* cursor, int64_t count, size_t element_size)
+{
+    void* piece = cursor->memory ? cursor->memory + cursor->used : NULL;
+    size_t bytes = (size_t)count * element_size;
+    cursor->used += (bytes + WORKSPACE_ALIGNMENT - 1) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT;
+    return piece;
+}
+
+static real* workspace_take_reals(workspace_cursor* cursor, int64_t count)
+{
+    return workspace_take(cursor, count, sizeof(real));
+}
+
+/* ---- Geometry ------------------------------------------------------------------------------------------------------------------------ */
+
+INLINE int64_t minimum(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
+
+INLINE int64_t maximum(int64_t a, int64_t b)
+{
+    return a > b ? a : b;
+}
+
+INLINE int64_t divide_up(int64_t a, int64_t b)
+{
+    return a / b + (a % b != 0);
+}
+
+INLINE int64_t round_up(int64_t a, int64_t b)
+{
+    return divide_up(a, b) * b;
+}
+
+/* Query rows of a tile, a multiple of LANES. */
+INLINE int64_t tile_rows(const cpu_attention* attention)
+{
+    return maximum(LANES, minimum(TILE_ROWS, round_up(attention->seq_len_q, LANES)));
+}
+
+INLINE int64_t row_tile_count(const cpu_attention* attention)
+{
+    return divide_up(attention->seq_len_q, tile_rows(attention));
+}
+
+INLINE int64_t column_tile_count(const cpu_attention* attention)
+{
+    return divide_up(attention->seq_len_kv, TILE_COLUMNS);
+}
+
+/* One (batch, head) pair: where its keys end and where its rows stand. */
+typedef struct {
+    int64_t b, h, kv_head;
+    int64_t keys;   /* columns that exist */
+    int64_t offset; /* row i stands at key position i + offset */
+} head_position;
+
+static head_position locate_head(const cpu_attention* attention, int64_t b, int64_t h)
+{
+    head_position position = {.b = b, .h = h, .kv_head = h / (attention->num_heads / attention->num_kv_heads)};
+    position.keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
+    if (attention->query_offsets) {
+        position.offset = attention->query_offsets[b * attention->query_offset_stride];
+    } else if (attention->lower_right) {
+        position.offset = position.keys - attention->seq_len_q;
+    }
+    return position;
+}
+
+/* The columns first ..< last that causality, window and length leave to row i; last <= first: none. */
+typedef struct {
+    int64_t first, last;
+} column_range;
+
+static column_range columns_of_row(const cpu_attention* attention, const head_position* position, int64_t i)
+{
+    column_range range = {0, position->keys};
+    int64_t diagonal = i + position->offset;
+    if (attention->causal) range.last = minimum(range.last, diagonal + 1);
+    if (attention->window_right >= 0) range.last = minimum(range.last, diagonal + attention->window_right + 1);
+    if (attention->window_left >= 0) range.first = maximum(range.first, diagonal - attention->window_left);
+    if (range.last < range.first) range.last = range.first;
+    return range;
+}
+
+/* All columns that some row of first_row ..< first_row + rows may attend. Limits grow with i, so the ends come from the outermost rows. */
+static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows)
+{
+    column_range first = columns_of_row(attention, position, first_row);
+    column_range last = columns_of_row(attention, position, first_row + rows - 1);
+    column_range range = {minimum(first.first, position->keys), last.last};
+    if (range.last < range.first) range.last = range.first;
+    return range;
+}
+
+/* ---- Reading tiles ------------------------------------------------------------------------------------------------------------------- */
+
+/* Rows of a tensor as reals, [rows][channels]. */
+static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
+                      int64_t row_stride)
+{
+    for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
+}
+
+/* The transpose of tile[rows][channels] into [channels][padded_rows]; the padding is 0. */
+static void transpose_rows(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* transposed, int64_t padded_rows)
+{
+    for (int64_t channel = 0; channel < channels; channel++) {
+        real* out = transposed + channel * padded_rows;
+        for (int64_t row = 0; row < rows; row++) out[row] = tile[row * row_stride + channel];
+        for (int64_t row = rows; row < padded_rows; row++) out[row] = 0;
+    }
+}
+
+/* Whether every element is finite: x - x is 0 for a finite x, else NaN. */
+static bool rows_are_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels)
+{
+    real sum = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        const real* values = tile + row * row_stride;
+        real partial[LANES] = {0};
+        int64_t channel = 0;
+        for (; channel + LANES <= channels; channel += LANES) {
+            for (int lane = 0; lane < LANES; lane++) partial[lane] += values[channel + lane] - values[channel + lane];
+        }
+        for (; channel < channels; channel++) sum += values[channel] - values[channel];
+        for (int lane = 0; lane < LANES; lane++) sum += partial[lane];
+    }
+    return sum == 0;
+}
+
+/* Copies a tile with 0 in place of what is not finite. */
+static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* finite)
+{
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t channel = 0; channel < channels; channel++) {
+            real value = tile[row * row_stride + channel];
+            finite[row * row_stride + channel] = value - value == 0 ? value : 0;
+        }
+    }
+}
+
+/* ---- Masks --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Element of an additive mask as a real. A finite number stays finite: only -inf masks. */
+static real additive_mask_value(const cpu_tensor* mask, const char* address)
+{
+    switch (mask->precision) {
+    case CPU_FP32: return (real) * (const float*)address;
+    case CPU_FP16: return (real)float_from_half(*(const uint16_t*)address);
+    case CPU_BF16: return (real)float_from_bfloat(*(const uint16_t*)address);
+    default: break;
+    }
+    double value = *(const double*)address;
+#if !KERNEL_FP64
+    if (value - value == 0) value = value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value;
+#endif
+    return (real)value;
+}
+
+static int64_t element_bytes(cpu_precision precision)
+{
+    switch (precision) {
+    case CPU_FP64: return 8;
+    case CPU_FP32: return 4;
+    case CPU_FP16:
+    case CPU_BF16: return 2;
+    default: return 1;
+    }
+}
+
+/* The mask's share of a tile: what it adds to the scores, [column][row], -inf where it masks. Returns whether any element is left. */
+static bool load_mask(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows, int64_t padded_rows,
+                      int64_t first_column, int64_t columns, real* additions)
+{
+    const cpu_tensor* mask = &attention->mask;
+    int64_t size = element_bytes(mask->precision);
+    const char* base = (const char*)mask->data + (position->b * mask->strides[0] + position->h * mask->strides[1]) * size;
+    bool any = false;
+    for (int64_t row = 0; row < rows; row++) {
+        const char* line = base + ((first_row + row) * mask->strides[2] + first_column * mask->strides[3]) * size;
+        for (int64_t column = 0; column < columns; column++) {
+            const char* address = line + column * mask->strides[3] * size;
+            real addition = mask->precision == CPU_BOOL ? (*address ? 0 : -(real)INFINITY) : additive_mask_value(mask, address);
+            additions[column * padded_rows + row] = addition;
+            any |= !(addition == -(real)INFINITY);
+        }
+    }
+    for (int64_t column = 0; column < columns; column++) {
+        for (int64_t row = rows; row < padded_rows; row++) additions[column * padded_rows + row] = -(real)INFINITY;
+    }
+    return any;
+}
+
+/* ---- Dropout ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). */
+static void philox(uint64_t key, const uint32_t counter[4], uint32_t words[4])
+{
+    uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32);
+    uint32_t x0 = counter[0], x1 = counter[1], x2 = counter[2], x3 = counter[3];
+    for (int round = 0; round < 10; round++) {
+        uint64_t product0 = (uint64_t)0xD2511F53u * x0;
+        uint64_t product1 = (uint64_t)0xCD9E8D57u * x2;
+        x0 = (uint32_t)(product1 >> 32) ^ x1 ^ key_low;
+        x1 = (uint32_t)product1;
+        x2 = (uint32_t)(product0 >> 32) ^ x3 ^ key_high;
+        x3 = (uint32_t)product0;
+        key_low += 0x9E3779B9u;
+        key_high += 0xBB67AE85u;
+    }
+    words[0] = x0;
+    words[1] = x1;
+    words[2] = x2;
+    words[3] = x3;
+}
+
+/* Dropout's factors of a tile, [column][row]: 0, or 1 / (1 - dropout_p). first_column is a multiple of 4. */
+static void load_dropout(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t padded_rows,
+                         int64_t first_column, int64_t columns, real* factors)
+{
+    uint64_t threshold = (uint64_t)(attention->dropout_p * 4294967296.0);
+    real kept = attention->dropout_p < 1 ? (real)(1 / (1 - attention->dropout_p)) : 0;
+    uint32_t head = (uint32_t)((uint64_t)position->b * (uint64_t)attention->num_heads + (uint64_t)position->h);
+    for (int64_t column = 0; column < columns; column += 4) {
+        int64_t group = minimum(4, columns - column);
+        for (int64_t row = 0; row < padded_rows; row++) {
+            uint32_t counter[4] = {(uint32_t)((first_column + column) >> 2), (uint32_t)(first_row + row), head, attention->dropout_offset};
+            uint32_t words[4];
+            philox(attention->seed, counter, words);
+            for (int64_t k = 0; k < group; k++) factors[(column + k) * padded_rows + row] = words[k] >= threshold ? kept : 0;
+        }
+    }
+}
+
+/* ---- Scores -------------------------------------------------------------------------------------------------------------------------- */
+
+/* A tile of scores and where it lies. Arrays are [column][row], `rows` apart. */
+typedef struct {
+    head_position position;
+    int64_t first_row, valid_rows, rows; /* `rows` is padded to LANES */
+    int64_t first_column, columns;
+    bool full;           /* every element of the valid rows is attended: `attended` is not filled in */
+    real* scores;        /* in: dot products of query and key; out: s, -inf where masked */
+    real* additions;     /* the additive mask's part; workspace where there is a mask */
+    real* cap_slopes;    /* backward with softcap: 1 - tanh^2 = ds/dc; else NULL */
+    real_bits* attended; /* 0 or -1 */
+    real_bits* limits;   /* workspace, 2 * rows */
+} score_tile;
+
+static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile)
+{
+    int64_t rows = tile_rows(attention);
+    tile->rows = rows;
+    tile->scores = workspace_take_reals(cursor, TILE_COLUMNS * rows);
+    tile->attended = workspace_take(cursor, TILE_COLUMNS * rows, sizeof(real_bits));
+    tile->limits = workspace_take(cursor, 2 * rows, sizeof(real_bits));
+    tile->additions = attention->mask.data ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
+    tile->cap_slopes = backward && attention->softcap > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
+}
+
+/* Sets the tile's place. False if no element of it is attended, so that the tile can be skipped. Reads masks only. */
+static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column)
+{
+    tile->first_column = first_column;
+    tile->columns = minimum(TILE_COLUMNS, tile->position.keys - first_column);
+    if (tile->columns <= 0) return false;
+    tile->full = attention->mask.data == NULL;
+    bool any = false;
+    for (int64_t row = 0; row < tile->rows; row++) {
+        column_range range = {first_column, first_column};
+        if (row < tile->valid_rows) range = columns_of_row(attention, &tile->position, tile->first_row + row);
+        int64_t first = minimum(maximum(range.first - first_column, 0), tile->columns);
+        int64_t last = minimum(maximum(range.last - first_column, 0), tile->columns);
+        tile->limits[row] = (real_bits)first;
+        tile->limits[tile->rows + row] = (real_bits)last;
+        any |= first < last;
+        if (row < tile->valid_rows && (first > 0 || last < tile->columns)) tile->full = false;
+    }
+    if (!any || !tile->additions) return any;
+    return load_mask(attention, &tile->position, tile->first_row, tile->valid_rows, tile->rows, first_column, tile->columns,
+                     tile->additions);
+}
+
+/* Turns dot products into scores: scale, softcap, mask, ALiBi, then selection. */
+static void finish_scores(const cpu_attention* attention, score_tile* tile)
+{
+    const real scale = (real)attention->softmax_scale, softcap = (real)attention->softcap;
+    const real slope = attention->alibi_slopes ? ((const real*)attention->alibi_slopes)[tile->position.h] : 0;
+    const int64_t rows = tile->rows;
+    for (int64_t row = 0; row < rows; row += LANES) {
+        vector diagonal = vector_of(0); /* key position of each row, from the tile's first column */
+        for (int lane = 0; lane < LANES && attention->alibi_slopes; lane++) {
+            diagonal[lane] = (real)(tile->first_row + row + lane + tile->position.offset - tile->first_column);
+        }
+        vector_mask first = *(const vector_mask*)(tile->limits + row);
+        vector_mask last = *(const vector_mask*)(tile->limits + rows + row);
+        for (int64_t column = 0; column < tile->columns; column++) {
+            const int64_t at = column * rows + row;
+            vector score = vector_load(tile->scores + at) * scale;
+            if (softcap > 0) {
+                vector capped = vector_tanh(score / softcap);
+                score = softcap * capped;
+                if (tile->cap_slopes) vector_store(tile->cap_slopes + at, 1 - capped * capped);
+            }
+            vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
+            if (tile->additions) {
+                vector addition = vector_load(tile->additions + at);
+                score += addition;
+                attended &= ~(addition == -(real)INFINITY);
+            }
+            if (attention->alibi_slopes) {
+                vector distance = diagonal - (real)column;
+                score -= slope * vector_select(distance < 0, -distance, distance);
+            }
+            if (!tile->full) {
+                score = vector_select(attended, score, vector_of(-(real)INFINITY));
+                *(vector_mask*)(tile->attended + at) = attended;
+            }
+            vector_store(tile->scores + at, score);
+        }
+    }
+}
+
+INLINE bool is_attended(const score_tile* tile, int64_t column, int64_t row)
+{
+    return row < tile->valid_rows && (tile->full || tile->attended[column * tile->rows + row]);
+}
