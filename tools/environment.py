@@ -1,7 +1,7 @@
 """The virtual environment .venv at the repository's root, and how packages get into it.
 
-``./justw`` calls this file with the stamp of the wanted state; other tools import `install`. It runs before anything is installed, so it needs
-the standard library only. Packages are installed by uv where uv comes, else by pip (always by pip with ``JUSTW_INSTALLER=pip``).
+``./justw`` calls this file with the stamp of the wanted state; other tools import `install`. It runs before anything is installed, so it
+needs the standard library only. Packages are installed by uv where uv comes, else by pip (always by pip with ``JUSTW_INSTALLER=pip``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def locked() -> Iterator[None]:
 def run(*command: str | Path, quiet: bool = False, environment: dict[str, str] | None = None) -> bool:
     """Run a command; `quiet` hides what it prints. True if it succeeded."""
     output = subprocess.DEVNULL if quiet else None
-    return subprocess.run([str(word) for word in command], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment).returncode == 0
+    words = [str(word) for word in command]
+    return subprocess.run(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment).returncode == 0
 
 
 @functools.cache
@@ -107,6 +108,18 @@ def uv_wanted() -> bool:
     return choice == "uv"
 
 
+def pip_install(python: Path | str, *arguments: str | Path, quiet: bool = False, into: Path | None = None) -> bool:
+    """Install with the pip of the interpreter `python`, for itself or `into` the environment of another (pip 22.3 or newer)."""
+    target = ("--python", into) if into else ()
+    return run(python, "-m", "pip", *target, "install", "--quiet", "--disable-pip-version-check", *arguments, quiet=quiet)
+
+
+def uv_install(uv: Path | str, *arguments: str | Path, quiet: bool = False) -> bool:
+    """Install into .venv with uv, configured as pip is."""
+    command: list[str | Path] = [uv, "pip", "install", "--quiet", "--python", PYTHON, *uv_arguments(), *arguments]
+    return run(*command, quiet=quiet, environment=uv_environment())
+
+
 def install(arguments: Sequence[str], quiet: bool = False) -> bool:
     """Install packages into .venv.
 
@@ -123,9 +136,9 @@ def install(arguments: Sequence[str], quiet: bool = False) -> bool:
         True if all were installed.
     """
     if UV.exists() and uv_wanted():
-        command = [UV, "pip", "install", "--quiet", "--python", PYTHON, *uv_arguments(), *arguments]
-        return run(*command, quiet=quiet, environment=uv_environment())
-    return run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments, quiet=quiet)
+        return uv_install(UV, *arguments, quiet=quiet)
+    bring_pip()
+    return pip_install(PYTHON, *arguments, quiet=quiet)
 
 
 def requirements() -> list[str]:
@@ -135,27 +148,26 @@ def requirements() -> list[str]:
 
 
 def bring_uv(requirement: str) -> bool:
-    """Put the pinned uv into .venv, by whatever installer there is. False if it does not come."""
+    """Put the pinned uv into .venv, by whatever installer there is; False if it does not come."""
     uv = shutil.which("uv")
     if uv:
-        return run(uv, "pip", "install", "--quiet", "--python", PYTHON, *uv_arguments(), requirement, environment=uv_environment())
+        return uv_install(uv, requirement)
     if has_pip(PYTHON):
-        return run(PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=uv", requirement, quiet=True)
-    # The pip beside the base interpreter (22.3 or newer) installs into another environment, which spares .venv a pip of its own.
-    base = (sys.executable, "-m", "pip", "--python", PYTHON, "install", "--quiet", "--disable-pip-version-check", "--only-binary=uv", requirement)
-    return run(*base, quiet=True)
+        return pip_install(PYTHON, "--only-binary=uv", requirement, quiet=True)
+    # The base interpreter's pip spares .venv a pip of its own.
+    return pip_install(sys.executable, "--only-binary=uv", requirement, quiet=True, into=PYTHON)
 
 
 def bring_pip() -> None:
-    """Put pip into .venv, from the standard library or through the base interpreter's pip."""
+    """Put pip into .venv, from the standard library or by the base interpreter's pip."""
     if has_pip(PYTHON) or run(PYTHON, "-m", "ensurepip", "--upgrade", quiet=True):
         return
-    if not run(sys.executable, "-m", "pip", "--python", PYTHON, "install", "--quiet", "--disable-pip-version-check", "pip", quiet=True):
+    if not pip_install(sys.executable, "pip", quiet=True, into=PYTHON):
         raise SetupError("needs uv, pip or ensurepip to install its tools (Debian, Ubuntu: apt install python3-venv)")
 
 
 def create() -> None:
-    """Create .venv anew, unless this is a whole one made here: scripts of a virtual environment name its folder, and its interpreter may go."""
+    """Create .venv, unless there is a whole one that was made here: a moved one has scripts that name another folder."""
     made_here = STAMP.exists() and STAMP.read_text().endswith(f" {ROOT}")
     if made_here and PYTHON.exists() and run(PYTHON, "-c", "", quiet=True):
         return
@@ -175,8 +187,8 @@ def set_up(stamp: str) -> None:
         STAMP.unlink(missing_ok=True)
         uv_requirement = next(line for line in requirements() if line.startswith("uv=="))
         others = [line for line in requirements() if line != uv_requirement]
-        if not (uv_wanted() and bring_uv(uv_requirement)):
-            bring_pip()
+        if uv_wanted():
+            bring_uv(uv_requirement)  # where it does not come, pip does the rest
         if not install(others):
             raise SetupError("could not install the tools of requirements-dev.txt; the messages above say why")
         STAMP.write_text(stamp)

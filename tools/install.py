@@ -1,8 +1,8 @@
 """Install into .venv what needs more than a line in requirements-dev.txt.
 
-    python tools/install.py package     the Python package `umfa`, editable, with the library that tools/build_library.py built
-    python tools/install.py torch       PyTorch for the CPU, if it can be had: tests and the demo use it where it is
-    python tools/install.py model       the model that the demo runs
+python tools/install.py package     the Python package `umfa`, editable, with the library that tools/build_library.py built
+python tools/install.py torch       PyTorch for the CPU, if it can be had: tests and the demo use it where it is
+python tools/install.py model       the model that the demo runs
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ def install_package() -> bool:
     for name in PACKAGE_INPUTS:
         path = ROOT / name
         digest.update(path.read_bytes() if path.exists() else b"")
+    stamp = digest.hexdigest()
     made = [ROOT / "python/src/umfa/_mfa_cffi.py", library_link()]
-    if PACKAGE_STAMP.exists() and PACKAGE_STAMP.read_text() == digest.hexdigest() and all(path.exists() for path in made) and importable("umfa"):
+    if PACKAGE_STAMP.exists() and PACKAGE_STAMP.read_text() == stamp and all(path.exists() for path in made) and importable("umfa"):
         return True
     PACKAGE_STAMP.unlink(missing_ok=True)
     # The build's own tools are in .venv already; its dependencies are pinned there too.
     if not install(["--no-build-isolation", "--no-deps", "--editable", str(ROOT / "python")]):
         return False
-    PACKAGE_STAMP.write_text(digest.hexdigest())
+    PACKAGE_STAMP.write_text(stamp)
     return True
 
 
@@ -52,8 +53,8 @@ def importable(name: str) -> bool:
 def install_torch() -> bool:
     """Install a PyTorch without CUDA: plain `pip install torch` on Linux would fetch gigabytes that nothing here uses.
 
-    In this order: one that is there already; a wheel in the places that pip's find-links name; PyTorch's channel of CPU wheels, which uv knows;
-    on macOS, where all wheels are CPU wheels, the package index.
+    In this order: one that is there already; a wheel in the places that pip's find-links name; PyTorch's channel of CPU wheels, which uv
+    knows; on macOS, where no wheel has CUDA, the package index.
     """
     if importable("torch"):
         return True
