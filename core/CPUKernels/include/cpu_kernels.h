@@ -83,6 +83,7 @@ typedef struct cpu_attention {
     double dropout_p;
     uint64_t seed;
     uint32_t dropout_offset;
+    bool float_statistics;                   /* statistics are float whatever the arithmetic is */
 
     /* Backward only. */
     cpu_tensor grad_output;

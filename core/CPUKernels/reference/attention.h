@@ -3,6 +3,7 @@
  *
  *   KERNEL_FP64     0: FP32 arithmetic, operands of any type but FP64.  1: FP64 arithmetic, operands of any type
  *   KERNEL_SUFFIX   the end of the kernels' names, such as fp32_reference_avx2
+ *   KERNEL_WIDE_SUFFIX  FP32 only: the FP64 kernels that compute rows which overflow FP32 arithmetic
  *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
  *
  * Numerical contract: operands are dequantised to the real type, scores, softmax and sums are in it; sums over head_dim run in order of the
@@ -16,6 +17,18 @@
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi" /* every function that takes or returns a vector is inlined */
+#define KERNEL_NAME_OF(operation, suffix) operation##_##suffix
+#define KERNEL_NAME(operation, suffix) KERNEL_NAME_OF(operation, suffix)
+#define KERNEL_TEXT_OF(text) #text
+#define KERNEL_TEXT(text) KERNEL_TEXT_OF(text)
+
+#if !KERNEL_FP64
+#define KERNEL_WIDE_ROWS KERNEL_NAME(attention_forward_rows, KERNEL_WIDE_SUFFIX)
+#define KERNEL_WIDE_ROWS_BYTES KERNEL_NAME(attention_forward_rows_bytes, KERNEL_WIDE_SUFFIX)
+void KERNEL_WIDE_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
+size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
+#endif
+
 #ifdef KERNEL_TARGET
 #pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
 #endif
@@ -34,10 +47,6 @@
 #endif
 #pragma clang diagnostic pop
 
-#define KERNEL_NAME_OF(operation, suffix) operation##_##suffix
-#define KERNEL_NAME(operation, suffix) KERNEL_NAME_OF(operation, suffix)
-#define KERNEL_TEXT_OF(text) #text
-#define KERNEL_TEXT(text) KERNEL_TEXT_OF(text)
 #define DEFINE_KERNEL(operation, count, bytes, run_item)                            \
     const cpu_attention_kernel KERNEL_NAME(operation, KERNEL_SUFFIX) = {            \
         .name = #operation "_" KERNEL_TEXT(KERNEL_SUFFIX),                          \

@@ -54,8 +54,7 @@ static size_t backward_layout(const cpu_attention* attention, void* memory, back
 
 static size_t backward_workspace_bytes(const cpu_attention* attention)
 {
-    backward_workspace workspace;
-    return backward_layout(attention, NULL, &workspace);
+    return backward_layout(attention, NULL, &(backward_workspace){0});
 }
 
 /* ---- Steps that the passes share ----------------------------------------------------------------------------------------------------- */
@@ -75,12 +74,12 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
     transpose_rows(workspace->query, pitch, tile->valid_rows, attention->head_dim, workspace->query_columns, rows);
     transpose_rows(workspace->grad_output, pitch_v, tile->valid_rows, attention->head_dim_v, workspace->grad_output_columns, rows);
     int64_t statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
-    const real* grad_logsumexp = attention->grad_logsumexp;
+    const bool with_grad_logsumexp = attention->grad_logsumexp != NULL;
     for (int64_t row = 0; row < rows; row++) {
         bool valid = row < tile->valid_rows;
-        workspace->logsumexp[row] = valid ? ((const real*)attention->logsumexp)[statistic + row] : 0;
-        workspace->d_values[row] = valid && with_d_values ? ((const real*)attention->d_values)[statistic + row] : 0;
-        workspace->grad_logsumexp[row] = valid && grad_logsumexp ? grad_logsumexp[statistic + row] : 0;
+        workspace->logsumexp[row] = valid ? get_statistic(attention, attention->logsumexp, statistic + row) : 0;
+        workspace->d_values[row] = valid && with_d_values ? get_statistic(attention, attention->d_values, statistic + row) : 0;
+        workspace->grad_logsumexp[row] = valid && with_grad_logsumexp ? get_statistic(attention, attention->grad_logsumexp, statistic + row) : 0;
     }
 }
 
@@ -191,7 +190,6 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
     const head_position* at = &tile->position;
     load_query_rows(attention, &workspace, first_row, false);
     int64_t statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
-    real* d_values = (real*)attention->d_values + statistic;
 
     if (attention->output.data) {
         for (int64_t row = 0; row < tile->valid_rows; row++) {
@@ -199,7 +197,8 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
             const real* grad_output = workspace.grad_output + row * workspace.head_pitch_v;
             real sum = 0;
             for (int64_t channel = 0; channel < attention->head_dim_v; channel++) sum += grad_output[channel] * workspace.output[channel];
-            d_values[row] = sum - sum != 0 && row_is_empty(attention, &workspace, row) ? 0 : sum;
+            if (sum - sum != 0 && row_is_empty(attention, &workspace, row)) sum = 0;
+            set_statistic(attention, attention->d_values, statistic + row, sum);
         }
         return;
     }
@@ -215,7 +214,9 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
             }
         }
     }
-    memcpy(d_values, workspace.d_values, (size_t)tile->valid_rows * sizeof(real));
+    for (int64_t row = 0; row < tile->valid_rows; row++) {
+        set_statistic(attention, attention->d_values, statistic + row, workspace.d_values[row]);
+    }
 }
 
 /* ---- Gradient of the queries --------------------------------------------------------------------------------------------------------- */
@@ -420,15 +421,15 @@ static void grad_mask_run(const cpu_attention* attention, const mask_items* item
 
 static real grad_sink_of_head(const cpu_attention* attention, int64_t h)
 {
-    real sink = ((const real*)attention->sinks)[h];
+    real sink = get_statistic(attention, attention->sinks, h);
     double sum = 0;
     if (sink == -(real)INFINITY) return 0;
     for (int64_t b = 0; b < attention->batch_size; b++) {
         int64_t first = (b * attention->num_heads + h) * attention->seq_len_q;
         for (int64_t i = first; i < first + attention->seq_len_q; i++) {
-            real grad_logsumexp = attention->grad_logsumexp ? ((const real*)attention->grad_logsumexp)[i] : 0;
-            real share = real_exp(sink - ((const real*)attention->logsumexp)[i]);
-            sum += (double)share * ((double)grad_logsumexp - (double)((const real*)attention->d_values)[i]);
+            real grad_logsumexp = attention->grad_logsumexp ? get_statistic(attention, attention->grad_logsumexp, i) : 0;
+            real share = real_exp(sink - get_statistic(attention, attention->logsumexp, i));
+            sum += (double)share * ((double)grad_logsumexp - (double)get_statistic(attention, attention->d_values, i));
         }
     }
     return (real)sum;
@@ -467,8 +468,8 @@ static void backward_bias_run(const cpu_attention* attention, int64_t item, void
         return;
     }
     int64_t h = item - mask_count;
-    if (attention->grad_sinks) ((real*)attention->grad_sinks)[h] = grad_sink_of_head(attention, h);
+    if (attention->grad_sinks) set_statistic(attention, attention->grad_sinks, h, grad_sink_of_head(attention, h));
     if (attention->grad_alibi_slopes) {
-        ((real*)attention->grad_alibi_slopes)[h] = grad_alibi_slope_of_head(attention, h, &workspace);
+        set_statistic(attention, attention->grad_alibi_slopes, h, grad_alibi_slope_of_head(attention, h, &workspace));
     }
 }

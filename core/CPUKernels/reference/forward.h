@@ -36,8 +36,13 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
 
 static size_t forward_workspace_bytes(const cpu_attention* attention)
 {
-    forward_workspace workspace;
-    return forward_layout(attention, NULL, &workspace);
+    size_t bytes = forward_layout(attention, NULL, &(forward_workspace){0});
+#if KERNEL_FP64
+    return bytes;
+#else
+    size_t wide_bytes = KERNEL_WIDE_ROWS_BYTES(attention);
+    return bytes > wide_bytes ? bytes : wide_bytes;
+#endif
 }
 
 static int64_t row_tile_items(const cpu_attention* attention)
@@ -139,7 +144,7 @@ static real finish_row(const cpu_attention* attention, const forward_workspace* 
 {
     const real infinity = (real)INFINITY;
     real highest = workspace->highest[row], sum = workspace->sum[row];
-    real sink = attention->sinks ? ((const real*)attention->sinks)[workspace->tile.position.h] : -infinity;
+    real sink = attention->sinks ? get_statistic(attention, attention->sinks, workspace->tile.position.h) : -infinity;
     bool has_sink = !(sink == -infinity);
     if (!workspace->attended[row]) {
         *logsumexp = sink;
@@ -156,18 +161,36 @@ static real finish_row(const cpu_attention* attention, const forward_workspace* 
     return weight / total;
 }
 
-static void forward_run(const cpu_attention* attention, int64_t item, void* memory)
+#if !KERNEL_FP64
+static bool row_is_finite(const real* row, int64_t channels, real logsumexp)
+{
+    return logsumexp - logsumexp == 0 && rows_are_finite(row, channels, 1, channels);
+}
+
+/* FP32 arithmetic can overflow where the formulas do not: rows whose result is not finite are computed once more, with wide arithmetic. */
+static void forward_rows_wide(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows, void* memory)
+{
+    cpu_attention wide = *attention;
+    wide.float_statistics = true;
+    KERNEL_WIDE_ROWS(&wide, position->b, position->h, first_row, rows, memory);
+}
+#endif
+
+/* Rows first_row ..< first_row + valid_rows of one head, at most a tile of them. */
+static void forward_rows(const cpu_attention* attention, head_position position, int64_t first_row, int64_t valid_rows, void* memory)
 {
     forward_workspace workspace;
     forward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
+    const head_position* at = &tile->position;
+    tile->position = position;
+    tile->first_row = first_row;
+    tile->valid_rows = valid_rows;
+    tile->rows = round_up(valid_rows, LANES);
     const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v, rows = tile->rows;
 
-    tile->position = locate_row_tile(attention, item, &tile->first_row);
-    tile->valid_rows = minimum(rows, attention->seq_len_q - tile->first_row);
-    const head_position* at = &tile->position;
-    load_rows(&attention->query, at->b, at->h, tile->first_row, tile->valid_rows, head_dim, workspace.rows, head_dim);
-    transpose_rows(workspace.rows, head_dim, tile->valid_rows, head_dim, workspace.query, rows);
+    load_rows(&attention->query, at->b, at->h, first_row, valid_rows, head_dim, workspace.rows, head_dim);
+    transpose_rows(workspace.rows, head_dim, valid_rows, head_dim, workspace.query, rows);
     for (int64_t row = 0; row < rows; row++) {
         workspace.highest[row] = -(real)INFINITY;
         workspace.sum[row] = 0;
@@ -175,7 +198,7 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     }
     memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
 
-    column_range range = columns_of_rows(attention, at, tile->first_row, tile->valid_rows);
+    column_range range = columns_of_rows(attention, at, first_row, valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
         if (!place_score_tile(attention, tile, column)) continue;
         load_rows(&attention->key, at->b, at->kv_head, column, tile->columns, head_dim, workspace.key, head_dim);
@@ -186,15 +209,50 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
         accumulate_output(attention, &workspace);
     }
 
-    real* logsumexp = attention->logsumexp;
-    int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + tile->first_row;
-    for (int64_t row = 0; row < tile->valid_rows; row++) {
-        real row_logsumexp;
-        real factor = finish_row(attention, &workspace, row, &row_logsumexp);
+    int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
+    for (int64_t row = 0; row < valid_rows; row++) {
+        real logsumexp;
+        real factor = finish_row(attention, &workspace, row, &logsumexp);
         for (int64_t channel = 0; channel < head_dim_v; channel++) {
-            workspace.rows[channel] = workspace.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
+            workspace.rows[row * head_dim_v + channel] = workspace.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
         }
-        store_row(&attention->output, at->b, at->h, tile->first_row + row, head_dim_v, workspace.rows);
-        if (logsumexp) logsumexp[first_statistic + row] = row_logsumexp;
+        store_row(&attention->output, at->b, at->h, first_row + row, head_dim_v, workspace.rows + row * head_dim_v);
+        if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
+        workspace.rescale[row] = logsumexp;
+    }
+#if !KERNEL_FP64
+    /* Which rows are to be computed again is noted before the workspace is given to it. */
+    uint64_t overflow = 0;
+    for (int64_t row = 0; row < valid_rows; row++) {
+        bool finite = row_is_finite(workspace.rows + row * head_dim_v, head_dim_v, workspace.rescale[row]);
+        if (workspace.attended[row] && !finite) overflow |= (uint64_t)1 << row;
+    }
+    for (int64_t row = 0, run; row < valid_rows; row += run + 1) {
+        for (run = 0; row + run < valid_rows && overflow >> (row + run) & 1; run++) {}
+        if (run > 0) forward_rows_wide(attention, &position, first_row + row, run, memory);
+    }
+#endif
+}
+
+static void forward_run(const cpu_attention* attention, int64_t item, void* memory)
+{
+    int64_t first_row;
+    head_position position = locate_row_tile(attention, item, &first_row);
+    forward_rows(attention, position, first_row, minimum(tile_rows(attention), attention->seq_len_q - first_row), memory);
+}
+
+#if KERNEL_FP64
+/* For the FP32 kernels of the same instruction set. */
+void KERNEL_NAME(attention_forward_rows, KERNEL_SUFFIX)(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row,
+                                                        int64_t rows, void* memory)
+{
+    for (int64_t row = 0; row < rows; row += tile_rows(attention)) {
+        forward_rows(attention, locate_head(attention, b, h), first_row + row, minimum(tile_rows(attention), rows - row), memory);
     }
 }
+
+size_t KERNEL_NAME(attention_forward_rows_bytes, KERNEL_SUFFIX)(const cpu_attention* attention)
+{
+    return forward_layout(attention, NULL, &(forward_workspace){0});
+}
+#endif

@@ -29,6 +29,23 @@ static real* workspace_take_reals(workspace_cursor* cursor, int64_t count)
     return workspace_take(cursor, count, sizeof(real));
 }
 
+/* ---- Statistics ---------------------------------------------------------------------------------------------------------------------- */
+
+INLINE real get_statistic(const cpu_attention* attention, const void* array, int64_t index)
+{
+    if (attention->float_statistics) return ((const float*)array)[index];
+    return ((const real*)array)[index];
+}
+
+INLINE void set_statistic(const cpu_attention* attention, void* array, int64_t index, real value)
+{
+    if (attention->float_statistics) {
+        ((float*)array)[index] = (float)value;
+    } else {
+        ((real*)array)[index] = value;
+    }
+}
+
 /* ---- Geometry ------------------------------------------------------------------------------------------------------------------------ */
 
 INLINE int64_t minimum(int64_t a, int64_t b)
@@ -165,12 +182,12 @@ static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int6
 static real additive_mask_value(const cpu_tensor* mask, const char* address)
 {
     switch (mask->precision) {
-    case CPU_FP32: return (real) * (const float*)address;
-    case CPU_FP16: return (real)float_from_half(*(const uint16_t*)address);
-    case CPU_BF16: return (real)float_from_bfloat(*(const uint16_t*)address);
+    case CPU_FP32: return (real) * (const float_in_memory*)address;
+    case CPU_FP16: return (real)float_from_half(*(const half_in_memory*)address);
+    case CPU_BF16: return (real)float_from_bfloat(*(const half_in_memory*)address);
     default: break;
     }
-    double value = *(const double*)address;
+    double value = *(const double_in_memory*)address;
 #if !KERNEL_FP64
     if (value - value == 0) value = value > FLT_MAX ? FLT_MAX : value < -FLT_MAX ? -FLT_MAX : value;
 #endif
@@ -305,7 +322,7 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
 static void finish_scores(const cpu_attention* attention, score_tile* tile)
 {
     const real scale = (real)attention->softmax_scale, softcap = (real)attention->softcap;
-    const real slope = attention->alibi_slopes ? ((const real*)attention->alibi_slopes)[tile->position.h] : 0;
+    const real slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, tile->position.h) : 0;
     const int64_t rows = tile->rows;
     for (int64_t row = 0; row < rows; row += LANES) {
         vector diagonal = vector_of(0); /* key position of each row, from the tile's first column */
