@@ -244,8 +244,8 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
 
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
-/* The bodies of functions that move a row between numbers and a tensor's elements of type ELEMENT. Neighbouring elements have a loop of their
- * own, for the vectoriser. */
+/* The bodies of functions that move a row between numbers and a tensor's elements of type ELEMENT. Neighbouring elements have a loop of
+ * their own, for the vectoriser. */
 #define LOAD_ROW(ELEMENT, CONVERT)                                               \
     do {                                                                         \
         const ELEMENT* elements = (const ELEMENT*)tensor->data + offset;         \

@@ -1,0 +1,349 @@
+/* Quantising and dequantising: docs/numerics.md defines the results bit by bit.
+ *
+ * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
+ * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone. */
+#include "cpu_kernels.h"
+
+#include "conversion.h"
+
+#include <float.h>
+#include <math.h>
+
+/* Every FP32 operation of this file is one rounding. */
+#pragma clang fp contract(off)
+
+/* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
+
+/* Arrays of head_dim elements each. */
+typedef struct row_workspace {
+    double* sums;        /* of each channel over the tokens */
+    float* row;          /* the row in hand, rotated and smoothed as the scheme asks */
+    float* means;        /* of each channel, while they are not yet in the output */
+    float* scales;       /* of each channel of a band */
+    float* zero_points;  /* likewise; small integers, as FP32 numbers */
+    uint32_t* highest;   /* extremes of each channel of a band, as bits */
+    uint32_t* lowest;
+    int8_t* codes;       /* of the row in hand */
+} row_workspace;
+
+enum { WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + 6 * sizeof(float) + sizeof(int8_t) };
+
+size_t cpu_quantization_workspace_bytes(const cpu_quantization* quantization) {
+    return (size_t)quantization->head_dim * WORKSPACE_BYTES_PER_CHANNEL;
+}
+
+static row_workspace divide_workspace(void* workspace, int64_t head_dim) {
+    row_workspace parts;
+    parts.sums = workspace;
+    parts.row = (float*)(parts.sums + head_dim);
+    parts.means = parts.row + head_dim;
+    parts.scales = parts.means + head_dim;
+    parts.zero_points = parts.scales + head_dim;
+    parts.highest = (uint32_t*)(parts.zero_points + head_dim);
+    parts.lowest = parts.highest + head_dim;
+    parts.codes = (int8_t*)(parts.lowest + head_dim);
+    return parts;
+}
+
+/* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct quantization_item {
+    const cpu_quantization* quantization;
+    int64_t b, h;
+    int64_t tokens;      /* that take part */
+    int64_t channels;
+    const float* means;  /* of each channel, to subtract; NULL without smoothing */
+    row_workspace work;
+} quantization_item;
+
+static quantization_item make_item(const cpu_quantization* quantization, int64_t item, void* workspace) {
+    const int64_t b = item / quantization->num_heads;
+    return (quantization_item){
+        .quantization = quantization,
+        .b = b,
+        .h = item % quantization->num_heads,
+        .tokens = quantization->lengths != NULL ? quantization->lengths[b] : quantization->seq_len,
+        .channels = quantization->head_dim,
+        .means = NULL,
+        .work = divide_workspace(workspace, quantization->head_dim),
+    };
+}
+
+/* Puts token s, rounded to FP32, rotated and smoothed as the scheme asks, into work.row. */
+static void load_row(const quantization_item* item, int64_t s) {
+    const cpu_quantization* quantization = item->quantization;
+    float* row = item->work.row;
+    load_row_float(&quantization->input, item->b, item->h, s, item->channels, row);
+    if (quantization->output.rotated) {
+        rotate_row(row, item->channels);
+    }
+    if (item->means != NULL) {
+        for (int64_t d = 0; d < item->channels; ++d) {
+            row[d] -= item->means[d];
+        }
+    }
+}
+
+/* Computes each channel's mean into `means`, which load_row() subtracts from now on. */
+static void smooth_item(quantization_item* item, float* means) {
+    double* sums = item->work.sums;
+    for (int64_t d = 0; d < item->channels; ++d) {
+        sums[d] = 0.0;
+    }
+    for (int64_t s = 0; s < item->tokens; ++s) {
+        load_row(item, s);
+        for (int64_t d = 0; d < item->channels; ++d) {
+            sums[d] += (double)item->work.row[d];
+        }
+    }
+    for (int64_t d = 0; d < item->channels; ++d) {
+        means[d] = item->tokens > 0 ? (float)(sums[d] / (double)item->tokens) : 0.0f;
+    }
+    item->means = means;
+}
+
+/* ---- Extremes ------------------------------------------------------------------------------------------------------------------------ */
+
+/* The lowest and highest of some values and 0, which changes neither formula of a scale and stands for the values where there are none. */
+typedef struct value_range {
+    float lowest, highest;
+} value_range;
+
+/* Extremes are gathered as bits: as signed integers those of positive numbers order like the numbers, as unsigned integers those of
+ * negative numbers order like their magnitudes and above all others. Integer maxima vectorise, and a NaN or Inf comes out as an extreme. */
+static const uint32_t HIGHEST_OF_NONE = 0;          /* 0.0f */
+static const uint32_t LOWEST_OF_NONE = 0x80000000; /* -0.0f */
+
+static void clear_extremes(const quantization_item* item) {
+    for (int64_t d = 0; d < item->channels; ++d) {
+        item->work.highest[d] = HIGHEST_OF_NONE;
+        item->work.lowest[d] = LOWEST_OF_NONE;
+    }
+}
+
+/* Takes work.row into the extremes of its channels. */
+static void gather_extremes(const quantization_item* item) {
+    const float* row = item->work.row;
+    uint32_t* highest = item->work.highest;
+    uint32_t* lowest = item->work.lowest;
+    for (int64_t d = 0; d < item->channels; ++d) {
+        const uint32_t bits = bits_from_float(row[d]);
+        highest[d] = (int32_t)bits > (int32_t)highest[d] ? bits : highest[d];
+        lowest[d] = bits > lowest[d] ? bits : lowest[d];
+    }
+}
+
+/* The extremes of channels first ..< last together. */
+static value_range range_of_channels(const quantization_item* item, int64_t first, int64_t last) {
+    uint32_t highest = HIGHEST_OF_NONE;
+    uint32_t lowest = LOWEST_OF_NONE;
+    for (int64_t d = first; d < last; ++d) {
+        highest = (int32_t)item->work.highest[d] > (int32_t)highest ? item->work.highest[d] : highest;
+        lowest = item->work.lowest[d] > lowest ? item->work.lowest[d] : lowest;
+    }
+    return (value_range){float_from_bits(lowest), float_from_bits(highest)};
+}
+
+/* The extremes of the whole tensor, from those of its items. */
+static value_range range_of_tensor(const cpu_quantization* quantization) {
+    value_range range = {0.0f, 0.0f};
+    for (int64_t item = 0; item < quantization->batch_size * quantization->num_heads; ++item) {
+        range.lowest = fminf(range.lowest, quantization->extremes[2 * item]);
+        range.highest = fmaxf(range.highest, quantization->extremes[2 * item + 1]);
+    }
+    return range;
+}
+
+/* ---- Scales -------------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct scale_and_zero_point {
+    float scale;
+    float zero_point;
+} scale_and_zero_point;
+
+/* Lowest and highest code. */
+static float lowest_code(const cpu_tensor* output) {
+    const bool asymmetric = output->zero_points != NULL;
+    return output->precision == CPU_INT8 ? (asymmetric ? -128.0f : -127.0f) : (asymmetric ? -8.0f : -7.0f);
+}
+
+static float highest_code(const cpu_tensor* output) {
+    return output->precision == CPU_INT8 ? 127.0f : 7.0f;
+}
+
+/* Rounds to the nearest integer, ties to even, where |value| < 2^22: after the sum the last place is 1. Unlike rintf() it vectorises on any
+ * processor. */
+static inline float round_to_even(float value) {
+    return (value + 0x1.8p23f) - 0x1.8p23f;
+}
+
+static inline float clamp(float value, float lowest, float highest) {
+    value = value < lowest ? lowest : value;
+    return value > highest ? highest : value;
+}
+
+static scale_and_zero_point scale_for_range(const cpu_tensor* output, value_range range) {
+    const float lowest = lowest_code(output);
+    const float highest = highest_code(output);
+    scale_and_zero_point result = {1.0f, 0.0f};
+    if (output->zero_points == NULL) {
+        const float scale = fmaxf(-range.lowest, range.highest) / highest;
+        if (scale >= FLT_MIN) {
+            result.scale = scale;
+        }
+    } else {
+        const float steps = highest - lowest;
+        const float scale = range.highest / steps - range.lowest / steps;
+        if (scale >= FLT_MIN) {
+            result.scale = scale;
+            result.zero_point = clamp(lowest - round_to_even(range.lowest / scale), lowest, highest);
+        }
+    }
+    return result;
+}
+
+static void write_scale(const cpu_tensor* output, int64_t index, scale_and_zero_point value) {
+    output->scales[index] = value.scale;
+    if (output->zero_points != NULL) {
+        output->zero_points[index] = (int32_t)value.zero_point;
+    }
+}
+
+/* Sets what encode_row() uses for channels first ..< last. */
+static void use_scale(const quantization_item* item, int64_t first, int64_t last, scale_and_zero_point value) {
+    for (int64_t d = first; d < last; ++d) {
+        item->work.scales[d] = value.scale;
+        item->work.zero_points[d] = value.zero_point;
+    }
+}
+
+/* ---- Codes --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Quantises work.row into work.codes. A scale of 1 in place of one below FLT_MIN needs no case of its own: its codes come out 0. */
+static void encode_row(const quantization_item* item) {
+    const float lowest = lowest_code(&item->quantization->output);
+    const float highest = highest_code(&item->quantization->output);
+    const float* row = item->work.row;
+    const float* scales = item->work.scales;
+    const float* zero_points = item->work.zero_points;
+    int8_t* codes = item->work.codes;
+    for (int64_t d = 0; d < item->channels; ++d) {
+        const float code = round_to_even(row[d] / scales[d]) + zero_points[d];
+        codes[d] = (int8_t)(int32_t)clamp(code, lowest, highest);
+    }
+}
+
+/* Writes work.codes to token s of the output. */
+static void store_codes(const quantization_item* item, int64_t s) {
+    const cpu_tensor* output = &item->quantization->output;
+    const int8_t* codes = item->work.codes;
+    const int64_t offset = row_offset(output, item->b, item->h, s);
+    const int64_t stride = output->strides[3];
+    if (output->precision == CPU_INT8) {
+        int8_t* out = (int8_t*)output->data + offset;
+        for (int64_t d = 0; d < item->channels; ++d) {
+            out[d * stride] = codes[d];
+        }
+        return;
+    }
+    uint8_t* out = (uint8_t*)output->data + int4_byte_index(output, offset, 0);
+    const int64_t pairs = item->channels / 2;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+        out[pair * stride] = int4_pair(codes[2 * pair], codes[2 * pair + 1]);
+    }
+    if (item->channels & 1) {
+        out[pairs * stride] = int4_pair(codes[item->channels - 1], 0);
+    }
+}
+
+/* Quantises and writes token s, whose row is in hand. */
+static void write_row(const quantization_item* item, int64_t s) {
+    encode_row(item);
+    store_codes(item, s);
+}
+
+static void write_rows(const quantization_item* item, int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) {
+        load_row(item, s);
+        write_row(item, s);
+    }
+}
+
+/* Writes tokens first ..< last and their scales, one for each group of `width` channels, the first of them at `index`. */
+static void write_band(const quantization_item* item, int64_t first, int64_t last, int64_t width, int64_t index) {
+    const cpu_tensor* output = &item->quantization->output;
+    clear_extremes(item);
+    for (int64_t s = first; s < last; ++s) {
+        load_row(item, s);
+        gather_extremes(item);
+    }
+    for (int64_t channel = 0; channel < item->channels; channel += width, index += output->scale_strides[3]) {
+        const int64_t end = channel + width < item->channels ? channel + width : item->channels;
+        const scale_and_zero_point value = scale_for_range(output, range_of_channels(item, channel, end));
+        write_scale(output, index, value);
+        use_scale(item, channel, end, value);
+    }
+    if (last - first == 1) { /* the row is still in hand */
+        write_row(item, first);
+    } else {
+        write_rows(item, first, last);
+    }
+}
+
+/* ---- Passes -------------------------------------------------------------------------------------------------------------------------- */
+
+bool cpu_quantize_scan(const cpu_quantization* quantization, int64_t index, void* workspace) {
+    quantization_item item = make_item(quantization, index, workspace);
+    if (quantization->output.channel_means != NULL) {
+        smooth_item(&item, item.work.means);
+    }
+    clear_extremes(&item);
+    for (int64_t s = 0; s < item.tokens; ++s) {
+        load_row(&item, s);
+        gather_extremes(&item);
+    }
+    const value_range range = range_of_channels(&item, 0, item.channels);
+    quantization->extremes[2 * index] = range.lowest;
+    quantization->extremes[2 * index + 1] = range.highest;
+    return isfinite(range.lowest) && isfinite(range.highest);
+}
+
+void cpu_quantize_write(const cpu_quantization* quantization, int64_t index, void* workspace) {
+    quantization_item item = make_item(quantization, index, workspace);
+    const cpu_tensor* output = &quantization->output;
+    if (output->channel_means != NULL) {
+        smooth_item(&item, output->channel_means + item.b * output->mean_strides[0] + item.h * output->mean_strides[1]);
+    }
+
+    const int64_t first_scale = item.b * output->scale_strides[0] + item.h * output->scale_strides[1];
+    if (output->scale_strides[2] == 0 && output->scale_strides[3] == 0) { /* one scale, whose range the scan has found */
+        const float* extremes = quantization->extremes + 2 * index;
+        const value_range range = quantization->per_tensor ? range_of_tensor(quantization) : (value_range){extremes[0], extremes[1]};
+        const scale_and_zero_point value = scale_for_range(output, range);
+        if (index == 0 || !quantization->per_tensor) {
+            write_scale(output, first_scale, value);
+        }
+        use_scale(&item, 0, item.channels, value);
+        write_rows(&item, 0, item.tokens);
+        return;
+    }
+
+    /* Bands cover all tokens, also those that take no part: their scales are 1. */
+    const bool one_band = output->scale_strides[2] == 0;
+    const int64_t height = one_band ? quantization->seq_len : output->scale_tokens;
+    const int64_t bands = one_band ? 1 : (quantization->seq_len + height - 1) / height;
+    const int64_t width = output->scale_strides[3] == 0 ? item.channels : output->scale_channels;
+    for (int64_t band = 0; band < bands; ++band) {
+        const int64_t first = band * height;
+        const int64_t last = height < item.tokens - first ? first + height : item.tokens;
+        write_band(&item, first, last, width, first_scale + band * output->scale_strides[2]);
+    }
+}
+
+void cpu_dequantize(const cpu_quantization* quantization, int64_t index, void* workspace) {
+    const quantization_item item = make_item(quantization, index, workspace);
+    for (int64_t s = 0; s < item.tokens; ++s) {
+        load_row_float(&quantization->input, item.b, item.h, s, item.channels, item.work.row);
+        store_row_float(&quantization->output, item.b, item.h, s, item.channels, item.work.row);
+    }
+}
