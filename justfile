@@ -1,9 +1,8 @@
-# Recipes for people and for CI. ./justw RECIPE brings the tools; `just RECIPE` works too once .venv is there.
+# Recipes for people and for continuous integration. ./justw RECIPE brings the tools; `just RECIPE` works too once .venv is there.
 
 set positional-arguments
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
-python := justfile_directory() / ".venv/bin/python"
 export PATH := justfile_directory() / ".venv/bin:" + env("PATH")
 
 # List the recipes
@@ -12,5 +11,53 @@ default:
 
 # Build libmfa and install the Python package `umfa` in place
 build:
-    {{ python }} tools/build_library.py
-    {{ python }} tools/install.py package
+    @python tools/build_library.py
+    @python tools/install.py package
+
+# Run attention inside a real model over real text, at every precision: ./justw demo ["a question"]
+demo *arguments: build extras
+    @umfa demo "$@"
+
+# Build and check everything, run all tests: what continuous integration runs
+test: build extras check test-swift test-python
+
+# Run the Python tests: ./justw test-python [options of pytest]
+test-python *arguments: build extras
+    @python -m pytest "$@"
+
+# Run the Swift tests: ./justw test-swift [options of `swift test`]
+test-swift *arguments:
+    @swift test "$@"
+
+# Check formats, lints, types and the record of the binary interface
+check: build
+    ruff format --check --quiet
+    ruff check --quiet
+    mypy
+    clang-format --dry-run -Werror $(find core docs -name '*.[ch]')
+    swift format lint --strict --parallel --recursive Package.swift core
+    python tools/check_abi.py --check
+    python -m pytest --quiet tests/test_header.py
+
+# Format all sources
+fmt:
+    ruff format --quiet
+    ruff check --quiet --fix-only
+    clang-format -i $(find core docs -name '*.[ch]')
+    swift format --in-place --parallel --recursive Package.swift core
+
+# Build the Python wheel for this platform into dist/
+wheels:
+    cd python && hatchling build --target wheel --directory ../dist
+
+# Remove what was built; .venv stays
+clean:
+    rm -rf .build .build-* dist python/src/umfa/libmfa.* python/src/umfa/_mfa_cffi.py .venv/.stamp-umfa
+    rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
+    find python tests tools docs -name __pycache__ -prune -exec rm -rf {} +
+
+# Install what tests and the demo use where it can be had: PyTorch for the CPU, the demo's model
+[private]
+extras:
+    @python tools/install.py torch
+    @python tools/install.py model
