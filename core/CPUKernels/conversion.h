@@ -169,14 +169,32 @@ static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int6
  * order, stages of distance 1, 2, 4 ... n/2, then one multiplication by the FP32 number nearest 1/sqrt(n). It is its own inverse. */
 static inline void rotate_row(float* row, int64_t channels) {
 #pragma clang fp contract(off)
+    typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
     const int64_t n = channels & -channels;
-    for (int64_t distance = 1; distance < n; distance *= 2) {
+    if (n == 2) {
+        for (int64_t d = 0; d < channels; d += 2) {
+            const float a = row[d], b = row[d + 1];
+            row[d] = a + b;
+            row[d + 1] = a - b;
+        }
+    } else if (n >= 4) { /* both stages within four channels at once */
+        for (int64_t d = 0; d < channels; d += 4) {
+            const float sum_01 = row[d] + row[d + 1], difference_01 = row[d] - row[d + 1];
+            const float sum_23 = row[d + 2] + row[d + 3], difference_23 = row[d + 2] - row[d + 3];
+            row[d] = sum_01 + sum_23;
+            row[d + 1] = difference_01 + difference_23;
+            row[d + 2] = sum_01 - sum_23;
+            row[d + 3] = difference_01 - difference_23;
+        }
+    }
+    for (int64_t distance = 4; distance < n; distance *= 2) {
         for (int64_t start = 0; start < channels; start += 2 * distance) {
-            for (int64_t d = start; d < start + distance; ++d) {
-                const float a = row[d];
-                const float b = row[d + distance];
-                row[d] = a + b;
-                row[d + distance] = a - b;
+            for (int64_t d = start; d < start + distance; d += 4) {
+                four_floats* first = (four_floats*)(row + d);
+                four_floats* second = (four_floats*)(row + d + distance);
+                const four_floats a = *first, b = *second;
+                *first = a + b;
+                *second = a - b;
             }
         }
     }

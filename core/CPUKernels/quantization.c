@@ -8,6 +8,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <string.h>
 
 /* Every FP32 operation of this file is one rounding. */
 #pragma clang fp contract(off)
@@ -223,11 +224,12 @@ static void use_scale(const quantization_item* item, int64_t first, int64_t last
 static void encode_row(const quantization_item* item) {
     const float lowest = lowest_code(&item->quantization->output);
     const float highest = highest_code(&item->quantization->output);
+    const int64_t channels = item->channels; /* bytes may alias the item: the loop's count must not lie in it */
     const float* row = item->work.row;
     const float* scales = item->work.scales;
     const float* zero_points = item->work.zero_points;
     int8_t* codes = item->work.codes;
-    for (int64_t d = 0; d < item->channels; ++d) {
+    for (int64_t d = 0; d < channels; ++d) {
         const float code = round_to_even(row[d] / scales[d]) + zero_points[d];
         codes[d] = (int8_t)(int32_t)clamp(code, lowest, highest);
     }
@@ -237,22 +239,28 @@ static void encode_row(const quantization_item* item) {
 static void store_codes(const quantization_item* item, int64_t s) {
     const cpu_tensor* output = &item->quantization->output;
     const int8_t* codes = item->work.codes;
+    const int64_t channels = item->channels;
     const int64_t offset = row_offset(output, item->b, item->h, s);
     const int64_t stride = output->strides[3];
     if (output->precision == CPU_INT8) {
         int8_t* out = (int8_t*)output->data + offset;
-        for (int64_t d = 0; d < item->channels; ++d) {
-            out[d * stride] = codes[d];
+        if (stride == 1) {
+            memcpy(out, codes, (size_t)channels);
+        } else {
+            for (int64_t d = 0; d < channels; ++d) {
+                out[d * stride] = codes[d];
+            }
         }
         return;
     }
+    /* Both codes of a byte are of this token, so no other item writes to it. */
     uint8_t* out = (uint8_t*)output->data + int4_byte_index(output, offset, 0);
-    const int64_t pairs = item->channels / 2;
+    const int64_t pairs = channels / 2;
     for (int64_t pair = 0; pair < pairs; ++pair) {
         out[pair * stride] = int4_pair(codes[2 * pair], codes[2 * pair + 1]);
     }
-    if (item->channels & 1) {
-        out[pairs * stride] = int4_pair(codes[item->channels - 1], 0);
+    if (channels & 1) {
+        out[pairs * stride] = int4_pair(codes[channels - 1], 0);
     }
 }
 
