@@ -14,15 +14,14 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <time.h>
 #include <unistd.h>
 
 #if defined(__linux__)
 #include <errno.h>
 #include <sched.h>
+#include <stdio.h>
+#include <string.h>
 #endif
 
 /* How long a thread watches for work, or for the end of a job, before it sleeps: long enough to bridge the gap between the passes of one
