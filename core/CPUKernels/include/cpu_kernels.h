@@ -48,12 +48,12 @@ typedef struct cpu_tensor {
     /* Of INT8 and INT4: real = scale * (code - zero_point) + channel_mean, then the rotation undone. The scale of (b, h, s, d) has index
      * b * scale_strides[0] + h * scale_strides[1] + (s / scale_tokens) * scale_strides[2] + (d / scale_channels) * scale_strides[3]. */
     bool rotated;
-    float* _Nullable scales;         /* NULL: 1 */
-    int32_t* _Nullable zero_points;  /* NULL: 0 */
-    float* _Nullable channel_means;  /* NULL: 0; index b * mean_strides[0] + h * mean_strides[1] + d */
+    float* _Nullable scales;        /* NULL: 1 */
+    int32_t* _Nullable zero_points; /* NULL: 0 */
+    float* _Nullable channel_means; /* NULL: 0; index b * mean_strides[0] + h * mean_strides[1] + d */
     int64_t scale_strides[4];
-    int64_t scale_tokens;            /* >= 1 */
-    int64_t scale_channels;          /* >= 1 */
+    int64_t scale_tokens;   /* >= 1 */
+    int64_t scale_channels; /* >= 1 */
     int64_t mean_strides[2];
 } cpu_tensor;
 
@@ -66,33 +66,33 @@ typedef struct cpu_attention {
     int64_t head_dim, head_dim_v;
 
     cpu_tensor query, key, value;
-    cpu_tensor output;                       /* forward: written. backward: read for d_values where present */
-    void* _Nullable logsumexp;               /* statistics [batch, num_heads, seq_len_q] */
+    cpu_tensor output;         /* forward: written. backward: read for d_values where present */
+    void* _Nullable logsumexp; /* statistics [batch, num_heads, seq_len_q] */
 
-    cpu_tensor mask;                         /* CPU_BOOL or a float type; strides 0 where it broadcasts */
+    cpu_tensor mask; /* CPU_BOOL or a float type; strides 0 where it broadcasts */
     bool causal;
     bool lower_right;
-    const int64_t* _Nullable query_offsets;  /* index b * query_offset_stride */
-    int64_t query_offset_stride;             /* 0 or 1 */
-    int64_t window_left, window_right;       /* -1: no limit; at most 2^62 */
-    const int64_t* _Nullable kv_lengths;     /* [batch] */
+    const int64_t* _Nullable query_offsets; /* index b * query_offset_stride */
+    int64_t query_offset_stride;            /* 0 or 1 */
+    int64_t window_left, window_right;      /* -1: no limit; at most 2^62 */
+    const int64_t* _Nullable kv_lengths;    /* [batch] */
     double softmax_scale;
-    double softcap;                          /* 0: off */
-    const void* _Nullable alibi_slopes;      /* statistics [num_heads] */
-    const void* _Nullable sinks;             /* statistics [num_heads] */
+    double softcap;                     /* 0: off */
+    const void* _Nullable alibi_slopes; /* statistics [num_heads] */
+    const void* _Nullable sinks;        /* statistics [num_heads] */
     double dropout_p;
     uint64_t seed;
     uint32_t dropout_offset;
-    bool float_statistics;                   /* statistics are float whatever the arithmetic is */
+    bool float_statistics; /* statistics are float whatever the arithmetic is */
 
     /* Backward only. */
     cpu_tensor grad_output;
-    const void* _Nullable grad_logsumexp;    /* statistics [batch, num_heads, seq_len_q] */
-    void* _Nullable d_values;                /* statistics [batch, num_heads, seq_len_q]: written by d_values, read by the others; never NULL */
+    const void* _Nullable grad_logsumexp; /* statistics [batch, num_heads, seq_len_q] */
+    void* _Nullable d_values; /* statistics [batch, num_heads, seq_len_q]: written by d_values, read by the others; never NULL */
     cpu_tensor grad_query, grad_key, grad_value;
-    cpu_tensor grad_mask;                    /* strides 0 where the mask broadcasts */
-    void* _Nullable grad_sinks;              /* statistics [num_heads] */
-    void* _Nullable grad_alibi_slopes;       /* statistics [num_heads] */
+    cpu_tensor grad_mask;              /* strides 0 where the mask broadcasts */
+    void* _Nullable grad_sinks;        /* statistics [num_heads] */
+    void* _Nullable grad_alibi_slopes; /* statistics [num_heads] */
 } cpu_attention;
 
 /* A kernel: how many items a problem has, how much workspace a thread needs (aligned to 64 bytes, contents arbitrary), and one item's work. */
@@ -110,11 +110,11 @@ typedef struct cpu_attention_kernel {
  *   attention_backward_query     reads logsumexp and d_values, writes grad_query
  *   attention_backward_key_value reads logsumexp and d_values, writes grad_key and grad_value (either may be absent)
  *   attention_backward_bias      reads logsumexp and d_values, writes grad_mask, grad_sinks, grad_alibi_slopes (those present) */
-#define CPU_DECLARE_REFERENCE_KERNELS(suffix)                                    \
-    extern const cpu_attention_kernel attention_forward_##suffix;                \
-    extern const cpu_attention_kernel attention_d_values_##suffix;               \
-    extern const cpu_attention_kernel attention_backward_query_##suffix;         \
-    extern const cpu_attention_kernel attention_backward_key_value_##suffix;     \
+#define CPU_DECLARE_REFERENCE_KERNELS(suffix)                                \
+    extern const cpu_attention_kernel attention_forward_##suffix;            \
+    extern const cpu_attention_kernel attention_d_values_##suffix;           \
+    extern const cpu_attention_kernel attention_backward_query_##suffix;     \
+    extern const cpu_attention_kernel attention_backward_key_value_##suffix; \
     extern const cpu_attention_kernel attention_backward_bias_##suffix;
 
 CPU_DECLARE_REFERENCE_KERNELS(fp32_reference)
@@ -130,11 +130,11 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx2)
  * head): batch_size * num_heads items. Each FP32 operation is one rounding, never contracted: the result is defined bit by bit. */
 typedef struct cpu_quantization {
     int64_t batch_size, num_heads, seq_len, head_dim;
-    const int64_t* _Nullable lengths;  /* [batch]: tokens beyond take no part and are not touched; NULL: seq_len */
+    const int64_t* _Nullable lengths; /* [batch]: tokens beyond take no part and are not touched; NULL: seq_len */
     cpu_tensor input;
-    cpu_tensor output;                 /* quantising: asymmetric if zero_points is not NULL, smoothed if channel_means is not NULL */
-    bool per_tensor;                   /* one scale for the whole tensor */
-    float* _Nullable extremes;         /* quantising: [batch * num_heads][2], lowest and highest value, from scan to write; workspace */
+    cpu_tensor output;         /* quantising: asymmetric if zero_points is not NULL, smoothed if channel_means is not NULL */
+    bool per_tensor;           /* one scale for the whole tensor */
+    float* _Nullable extremes; /* quantising: [batch * num_heads][2], lowest and highest value, from scan to write; workspace */
 } cpu_quantization;
 
 /* Workspace that a thread needs for any of the three. */

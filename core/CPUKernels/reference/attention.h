@@ -47,12 +47,12 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #endif
 #pragma clang diagnostic pop
 
-#define DEFINE_KERNEL(operation, count, bytes, run_item)                            \
-    const cpu_attention_kernel KERNEL_NAME(operation, KERNEL_SUFFIX) = {            \
-        .name = #operation "_" KERNEL_TEXT(KERNEL_SUFFIX),                          \
-        .item_count = count,                                                        \
-        .workspace_bytes = bytes,                                                   \
-        .run = run_item,                                                            \
+#define DEFINE_KERNEL(operation, count, bytes, run_item)                 \
+    const cpu_attention_kernel KERNEL_NAME(operation, KERNEL_SUFFIX) = { \
+        .name = #operation "_" KERNEL_TEXT(KERNEL_SUFFIX),               \
+        .item_count = count,                                             \
+        .workspace_bytes = bytes,                                        \
+        .run = run_item,                                                 \
     }
 
 DEFINE_KERNEL(attention_forward, row_tile_items, forward_workspace_bytes, forward_run);

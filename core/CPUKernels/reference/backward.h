@@ -2,12 +2,12 @@
  * tiles, so nothing is summed across items: no atomics, one order of summation. */
 
 typedef struct {
-    score_tile tile;      /* scores: first s, then the dropped-out probabilities */
-    int64_t head_pitch;   /* head_dim and head_dim_v rounded up to LANES: row strides of the natural tiles */
+    score_tile tile;    /* scores: first s, then the dropped-out probabilities */
+    int64_t head_pitch; /* head_dim and head_dim_v rounded up to LANES: row strides of the natural tiles */
     int64_t head_pitch_v;
-    real* query;          /* [tile rows][head_pitch] */
-    real* query_columns;  /* its transpose, [head_dim][tile rows] */
-    real* grad_output;    /* [tile rows][head_pitch_v] */
+    real* query;         /* [tile rows][head_pitch] */
+    real* query_columns; /* its transpose, [head_dim][tile rows] */
+    real* grad_output;   /* [tile rows][head_pitch_v] */
     real* grad_output_columns;
     real* output;         /* [head_dim_v], a row of the forward result */
     real* key;            /* [TILE_COLUMNS][head_pitch] */
@@ -24,8 +24,7 @@ typedef struct {
     double* grad_bias;    /* [TILE_COLUMNS][tile rows], or NULL */
 } backward_workspace;
 
-static size_t backward_layout(const cpu_attention* attention, void* memory, backward_workspace* workspace)
-{
+static size_t backward_layout(const cpu_attention* attention, void* memory, backward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
     int64_t rows = tile_rows(attention);
     int64_t pitch = round_up(attention->head_dim, LANES), pitch_v = round_up(attention->head_dim_v, LANES);
@@ -52,16 +51,14 @@ static size_t backward_layout(const cpu_attention* attention, void* memory, back
     return cursor.used;
 }
 
-static size_t backward_workspace_bytes(const cpu_attention* attention)
-{
+static size_t backward_workspace_bytes(const cpu_attention* attention) {
     return backward_layout(attention, NULL, &(backward_workspace){0});
 }
 
 /* ---- Steps that the passes share ----------------------------------------------------------------------------------------------------- */
 
 /* Reads what belongs to the query rows of the tile's position from first_row on; d_values only if they are known already. */
-static void load_query_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_row, bool with_d_values)
-{
+static void load_query_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_row, bool with_d_values) {
     score_tile* tile = &workspace->tile;
     const head_position* at = &tile->position;
     const int64_t rows = tile->rows, pitch = workspace->head_pitch, pitch_v = workspace->head_pitch_v;
@@ -79,12 +76,12 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
         bool valid = row < tile->valid_rows;
         workspace->logsumexp[row] = valid ? get_statistic(attention, attention->logsumexp, statistic + row) : 0;
         workspace->d_values[row] = valid && with_d_values ? get_statistic(attention, attention->d_values, statistic + row) : 0;
-        workspace->grad_logsumexp[row] = valid && with_grad_logsumexp ? get_statistic(attention, attention->grad_logsumexp, statistic + row) : 0;
+        workspace->grad_logsumexp[row] =
+            valid && with_grad_logsumexp ? get_statistic(attention, attention->grad_logsumexp, statistic + row) : 0;
     }
 }
 
-static void load_key_value_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_column, int64_t columns)
-{
+static void load_key_value_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_column, int64_t columns) {
     const head_position* at = &workspace->tile.position;
     load_rows(&attention->key, at->b, at->kv_head, first_column, columns, attention->head_dim, workspace->key, workspace->head_pitch);
     load_rows(&attention->value, at->b, at->kv_head, first_column, columns, attention->head_dim_v, workspace->value,
@@ -93,8 +90,7 @@ static void load_key_value_rows(const cpu_attention* attention, backward_workspa
 
 /* For the placed tile, with its rows and columns loaded: tile.scores becomes the probabilities p, grad_scores becomes dp (dropout applied).
  * Both are 0 where masked. */
-static void recompute_probabilities(const cpu_attention* attention, backward_workspace* workspace)
-{
+static void recompute_probabilities(const cpu_attention* attention, backward_workspace* workspace) {
     score_tile* tile = &workspace->tile;
     const int64_t rows = tile->rows;
     multiply(tile->columns, rows, attention->head_dim, workspace->key, workspace->head_pitch, 1, workspace->query_columns, rows,
@@ -123,8 +119,7 @@ static void recompute_probabilities(const cpu_attention* attention, backward_wor
 }
 
 /* Then: grad_scores becomes ds, the gradient of the scores. */
-static void compute_score_gradients(backward_workspace* workspace)
-{
+static void compute_score_gradients(backward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     for (int64_t column = 0; column < tile->columns; column++) {
         for (int64_t row = 0; row < tile->rows; row += LANES) {
@@ -139,8 +134,7 @@ static void compute_score_gradients(backward_workspace* workspace)
 }
 
 /* Then: grad_scores becomes dc, the gradient of the capped dot products' arguments. */
-static void apply_cap_slopes(backward_workspace* workspace)
-{
+static void apply_cap_slopes(backward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     if (!tile->cap_slopes) return;
     for (int64_t column = 0; column < tile->columns; column++) {
@@ -155,8 +149,7 @@ static void apply_cap_slopes(backward_workspace* workspace)
 
 /* The operand itself if it is finite, else a copy with 0 for the rest: masked terms must not turn into NaN by a multiplication with 0. */
 static const real* finite_operand(backward_workspace* workspace, const real* operand, int64_t pitch, int64_t rows, int64_t channels,
-                                  bool* finite)
-{
+                                  bool* finite) {
     *finite = rows_are_finite(operand, pitch, rows, channels);
     if (*finite) return operand;
     memset(workspace->finite, 0, (size_t)(rows * pitch) * sizeof(real));
@@ -166,8 +159,7 @@ static const real* finite_operand(backward_workspace* workspace, const real* ope
 
 /* ---- d_values ------------------------------------------------------------------------------------------------------------------------ */
 
-static bool row_is_empty(const cpu_attention* attention, backward_workspace* workspace, int64_t row)
-{
+static bool row_is_empty(const cpu_attention* attention, backward_workspace* workspace, int64_t row) {
     score_tile* tile = &workspace->tile;
     column_range range = columns_of_row(attention, &tile->position, tile->first_row + row);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
@@ -180,8 +172,7 @@ static bool row_is_empty(const cpu_attention* attention, backward_workspace* wor
     return true;
 }
 
-static void d_values_run(const cpu_attention* attention, int64_t item, void* memory)
-{
+static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
     backward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
@@ -209,7 +200,8 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
         recompute_probabilities(attention, &workspace);
         for (int64_t k = 0; k < tile->columns; k++) {
             for (int64_t row = 0; row < tile->rows; row += LANES) {
-                vector product = vector_load(tile->scores + k * tile->rows + row) * vector_load(workspace.grad_scores + k * tile->rows + row);
+                vector product =
+                    vector_load(tile->scores + k * tile->rows + row) * vector_load(workspace.grad_scores + k * tile->rows + row);
                 vector_store(workspace.d_values + row, vector_load(workspace.d_values + row) + product);
             }
         }
@@ -221,8 +213,7 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
 
 /* ---- Gradient of the queries --------------------------------------------------------------------------------------------------------- */
 
-static void poison_grad_query(const cpu_attention* attention, backward_workspace* workspace)
-{
+static void poison_grad_query(const cpu_attention* attention, backward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     for (int64_t column = 0; column < tile->columns; column++) {
         for (int64_t channel = 0; channel < attention->head_dim; channel++) {
@@ -235,8 +226,7 @@ static void poison_grad_query(const cpu_attention* attention, backward_workspace
     }
 }
 
-static void backward_query_run(const cpu_attention* attention, int64_t item, void* memory)
-{
+static void backward_query_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
     backward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
@@ -256,7 +246,8 @@ static void backward_query_run(const cpu_attention* attention, int64_t item, voi
         apply_cap_slopes(&workspace);
         bool finite;
         const real* key = finite_operand(&workspace, workspace.key, workspace.head_pitch, tile->columns, head_dim, &finite);
-        multiply(head_dim, rows, tile->columns, key, 1, workspace.head_pitch, workspace.grad_scores, rows, workspace.grad_query, rows, true);
+        multiply(head_dim, rows, tile->columns, key, 1, workspace.head_pitch, workspace.grad_scores, rows, workspace.grad_query, rows,
+                 true);
         if (!finite) poison_grad_query(attention, &workspace);
     }
     for (int64_t row = 0; row < tile->valid_rows; row++) {
@@ -269,14 +260,12 @@ static void backward_query_run(const cpu_attention* attention, int64_t item, voi
 
 /* ---- Gradients of keys and values ---------------------------------------------------------------------------------------------------- */
 
-static int64_t backward_key_value_items(const cpu_attention* attention)
-{
+static int64_t backward_key_value_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_kv_heads * column_tile_count(attention);
 }
 
 /* Keys or values that attend a row which is not finite become NaN in its channels. */
-static void poison_column_gradient(const score_tile* tile, const real* operand, int64_t pitch, int64_t channels, real* gradient)
-{
+static void poison_column_gradient(const score_tile* tile, const real* operand, int64_t pitch, int64_t channels, real* gradient) {
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         for (int64_t channel = 0; channel < channels; channel++) {
             real value = operand[row * pitch + channel];
@@ -290,8 +279,7 @@ static void poison_column_gradient(const score_tile* tile, const real* operand, 
 
 /* Adds weights[column][row] x operand[row][channel] to gradient[column][channel]. */
 static void accumulate_column_gradient(backward_workspace* workspace, const real* weights, const real* operand, int64_t pitch,
-                                       int64_t channels, real* gradient)
-{
+                                       int64_t channels, real* gradient) {
     const score_tile* tile = &workspace->tile;
     bool finite;
     const real* factor = finite_operand(workspace, operand, pitch, tile->valid_rows, channels, &finite);
@@ -299,8 +287,7 @@ static void accumulate_column_gradient(backward_workspace* workspace, const real
     if (!finite) poison_column_gradient(tile, operand, pitch, channels, gradient);
 }
 
-static void backward_key_value_run(const cpu_attention* attention, int64_t item, void* memory)
-{
+static void backward_key_value_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
     backward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
@@ -350,16 +337,14 @@ typedef struct {
     int64_t batches, heads, row_tiles, column_tiles;
 } mask_items;
 
-static mask_items count_mask_items(const cpu_attention* attention)
-{
+static mask_items count_mask_items(const cpu_attention* attention) {
     const int64_t* strides = attention->grad_mask.strides;
     if (!attention->grad_mask.data) return (mask_items){0, 0, 0, 0};
     return (mask_items){strides[0] ? attention->batch_size : 1, strides[1] ? attention->num_heads : 1,
                         strides[2] ? row_tile_count(attention) : 1, strides[3] ? column_tile_count(attention) : 1};
 }
 
-static int64_t backward_bias_items(const cpu_attention* attention)
-{
+static int64_t backward_bias_items(const cpu_attention* attention) {
     mask_items mask = count_mask_items(attention);
     bool by_head = attention->grad_sinks || attention->grad_alibi_slopes;
     return mask.batches * mask.heads * mask.row_tiles * mask.column_tiles + (by_head ? attention->num_heads : 0);
@@ -367,8 +352,7 @@ static int64_t backward_bias_items(const cpu_attention* attention)
 
 /* ds of the tile at (first_row, first_column) of the tile's position, into grad_scores. False if the tile is masked throughout. */
 static bool compute_tile_of_score_gradients(const cpu_attention* attention, backward_workspace* workspace, int64_t first_row,
-                                            int64_t first_column)
-{
+                                            int64_t first_column) {
     score_tile* tile = &workspace->tile;
     tile->first_row = first_row;
     tile->valid_rows = minimum(tile->rows, attention->seq_len_q - first_row);
@@ -380,8 +364,7 @@ static bool compute_tile_of_score_gradients(const cpu_attention* attention, back
     return true;
 }
 
-static void grad_mask_run(const cpu_attention* attention, const mask_items* items, int64_t item, backward_workspace* workspace)
-{
+static void grad_mask_run(const cpu_attention* attention, const mask_items* items, int64_t item, backward_workspace* workspace) {
     const int64_t* strides = attention->grad_mask.strides;
     score_tile* tile = &workspace->tile;
     const int64_t rows = tile->rows, row_tiles = row_tile_count(attention), column_tiles = column_tile_count(attention);
@@ -419,8 +402,7 @@ static void grad_mask_run(const cpu_attention* attention, const mask_items* item
     }
 }
 
-static real grad_sink_of_head(const cpu_attention* attention, int64_t h)
-{
+static real grad_sink_of_head(const cpu_attention* attention, int64_t h) {
     real sink = get_statistic(attention, attention->sinks, h);
     double sum = 0;
     if (sink == -(real)INFINITY) return 0;
@@ -435,8 +417,7 @@ static real grad_sink_of_head(const cpu_attention* attention, int64_t h)
     return (real)sum;
 }
 
-static real grad_alibi_slope_of_head(const cpu_attention* attention, int64_t h, backward_workspace* workspace)
-{
+static real grad_alibi_slope_of_head(const cpu_attention* attention, int64_t h, backward_workspace* workspace) {
     score_tile* tile = &workspace->tile;
     double sum = 0;
     for (int64_t b = 0; b < attention->batch_size; b++) {
@@ -457,8 +438,7 @@ static real grad_alibi_slope_of_head(const cpu_attention* attention, int64_t h, 
     return (real)sum;
 }
 
-static void backward_bias_run(const cpu_attention* attention, int64_t item, void* memory)
-{
+static void backward_bias_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
     backward_layout(attention, memory, &workspace);
     mask_items items = count_mask_items(attention);

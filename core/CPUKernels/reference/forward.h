@@ -15,8 +15,7 @@ typedef struct {
     real_bits* attended; /* whether any column was attended */
 } forward_workspace;
 
-static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace)
-{
+static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
     int64_t rows = tile_rows(attention), head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
     take_score_tile(&cursor, attention, false, &workspace->tile);
@@ -34,8 +33,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     return cursor.used;
 }
 
-static size_t forward_workspace_bytes(const cpu_attention* attention)
-{
+static size_t forward_workspace_bytes(const cpu_attention* attention) {
     size_t bytes = forward_layout(attention, NULL, &(forward_workspace){0});
 #if KERNEL_FP64
     return bytes;
@@ -45,14 +43,12 @@ static size_t forward_workspace_bytes(const cpu_attention* attention)
 #endif
 }
 
-static int64_t row_tile_items(const cpu_attention* attention)
-{
+static int64_t row_tile_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_heads * row_tile_count(attention);
 }
 
 /* Item -> head and first row. The last tiles come first: causal ones have the most columns. */
-static head_position locate_row_tile(const cpu_attention* attention, int64_t item, int64_t* first_row)
-{
+static head_position locate_row_tile(const cpu_attention* attention, int64_t item, int64_t* first_row) {
     int64_t tiles = row_tile_count(attention);
     int64_t head = item / tiles;
     *first_row = (tiles - 1 - item % tiles) * tile_rows(attention);
@@ -60,8 +56,7 @@ static head_position locate_row_tile(const cpu_attention* attention, int64_t ite
 }
 
 /* Replaces the tile's scores by exp(score - highest) and updates the rows' statistics. */
-static void accumulate_softmax(forward_workspace* workspace)
-{
+static void accumulate_softmax(forward_workspace* workspace) {
     score_tile* tile = &workspace->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         vector old_highest = vector_load(workspace->highest + row);
@@ -95,8 +90,7 @@ static void accumulate_softmax(forward_workspace* workspace)
 }
 
 /* A tile of values that are not all finite was multiplied as if they were: rows that attend one of the others become NaN in its channel. */
-static void poison_output(const cpu_attention* attention, forward_workspace* workspace)
-{
+static void poison_output(const cpu_attention* attention, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     for (int64_t column = 0; column < tile->columns; column++) {
         for (int64_t channel = 0; channel < attention->head_dim_v; channel++) {
@@ -109,8 +103,7 @@ static void poison_output(const cpu_attention* attention, forward_workspace* wor
     }
 }
 
-static void accumulate_output(const cpu_attention* attention, forward_workspace* workspace)
-{
+static void accumulate_output(const cpu_attention* attention, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     const int64_t rows = tile->rows, head_dim_v = attention->head_dim_v;
     vector_mask changed = (vector_mask)(real_bits)0;
@@ -140,8 +133,7 @@ static void accumulate_output(const cpu_attention* attention, forward_workspace*
 }
 
 /* The factor of a row's accumulated output that makes it the result, and the row's logsumexp. */
-static real finish_row(const cpu_attention* attention, const forward_workspace* workspace, int64_t row, real* logsumexp)
-{
+static real finish_row(const cpu_attention* attention, const forward_workspace* workspace, int64_t row, real* logsumexp) {
     const real infinity = (real)INFINITY;
     real highest = workspace->highest[row], sum = workspace->sum[row];
     real sink = attention->sinks ? get_statistic(attention, attention->sinks, workspace->tile.position.h) : -infinity;
@@ -162,14 +154,13 @@ static real finish_row(const cpu_attention* attention, const forward_workspace* 
 }
 
 #if !KERNEL_FP64
-static bool row_is_finite(const real* row, int64_t channels, real logsumexp)
-{
+static bool row_is_finite(const real* row, int64_t channels, real logsumexp) {
     return logsumexp - logsumexp == 0 && rows_are_finite(row, channels, 1, channels);
 }
 
 /* FP32 arithmetic can overflow where the formulas do not: rows whose result is not finite are computed once more, with wide arithmetic. */
-static void forward_rows_wide(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows, void* memory)
-{
+static void forward_rows_wide(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                              void* memory) {
     cpu_attention wide = *attention;
     wide.float_statistics = true;
     KERNEL_WIDE_ROWS(&wide, position->b, position->h, first_row, rows, memory);
@@ -177,8 +168,7 @@ static void forward_rows_wide(const cpu_attention* attention, const head_positio
 #endif
 
 /* Rows first_row ..< first_row + valid_rows of one head, at most a tile of them. */
-static void forward_rows(const cpu_attention* attention, head_position position, int64_t first_row, int64_t valid_rows, void* memory)
-{
+static void forward_rows(const cpu_attention* attention, head_position position, int64_t first_row, int64_t valid_rows, void* memory) {
     forward_workspace workspace;
     forward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
@@ -234,8 +224,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
 #endif
 }
 
-static void forward_run(const cpu_attention* attention, int64_t item, void* memory)
-{
+static void forward_run(const cpu_attention* attention, int64_t item, void* memory) {
     int64_t first_row;
     head_position position = locate_row_tile(attention, item, &first_row);
     forward_rows(attention, position, first_row, minimum(tile_rows(attention), attention->seq_len_q - first_row), memory);
@@ -244,15 +233,13 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
 #if KERNEL_FP64
 /* For the FP32 kernels of the same instruction set. */
 void KERNEL_NAME(attention_forward_rows, KERNEL_SUFFIX)(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row,
-                                                        int64_t rows, void* memory)
-{
+                                                        int64_t rows, void* memory) {
     for (int64_t row = 0; row < rows; row += tile_rows(attention)) {
         forward_rows(attention, locate_head(attention, b, h), first_row + row, minimum(tile_rows(attention), rows - row), memory);
     }
 }
 
-size_t KERNEL_NAME(attention_forward_rows_bytes, KERNEL_SUFFIX)(const cpu_attention* attention)
-{
+size_t KERNEL_NAME(attention_forward_rows_bytes, KERNEL_SUFFIX)(const cpu_attention* attention) {
     return forward_layout(attention, NULL, &(forward_workspace){0});
 }
 #endif

@@ -8,8 +8,7 @@
 enum { MULTIPLY_ROWS = 6 }; /* 6 x 2 accumulators, 2 vectors of b and a scalar fill the 16 registers of AVX2 */
 
 INLINE void multiply_rows(const int rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b, int64_t b_depth,
-                          real* c, int64_t c_row, bool accumulate)
-{
+                          real* c, int64_t c_row, bool accumulate) {
     vector sums[MULTIPLY_ROWS];
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) sums[row] = accumulate ? vector_load(c + row * c_row) : vector_of(0);
@@ -23,8 +22,7 @@ INLINE void multiply_rows(const int rows, int64_t depth, const real* a, int64_t 
 }
 
 static void multiply(int64_t rows, int64_t columns, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
-                     int64_t b_depth, real* c, int64_t c_row, bool accumulate)
-{
+                     int64_t b_depth, real* c, int64_t c_row, bool accumulate) {
     for (int64_t column = 0; column < columns; column += LANES) {
         const real* b_panel = b + column;
         for (int64_t row = 0; row < rows; row += MULTIPLY_ROWS) {

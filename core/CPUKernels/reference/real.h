@@ -22,34 +22,28 @@ typedef real_bits vector_mask __attribute__((ext_vector_type(LANES))); /* a lane
 
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE vector vector_load(const real* address)
-{
+INLINE vector vector_load(const real* address) {
     return *(const vector*)address;
 }
 
-INLINE void vector_store(real* address, vector value)
-{
+INLINE void vector_store(real* address, vector value) {
     *(vector*)address = value;
 }
 
-INLINE vector vector_of(real value)
-{
+INLINE vector vector_of(real value) {
     return (vector)value;
 }
 
-INLINE vector vector_select(vector_mask mask, vector where_set, vector elsewhere)
-{
+INLINE vector vector_select(vector_mask mask, vector where_set, vector elsewhere) {
     return mask ? where_set : elsewhere;
 }
 
 /* NaN in `candidate` leaves `highest` alone: NaN reaches a result through its exponential, not through the maximum. */
-INLINE vector vector_max(vector highest, vector candidate)
-{
+INLINE vector vector_max(vector highest, vector candidate) {
     return vector_select(candidate > highest, candidate, highest);
 }
 
-INLINE bool vector_any(vector_mask mask)
-{
+INLINE bool vector_any(vector_mask mask) {
     real_bits any = 0;
     for (int lane = 0; lane < LANES; lane++) any |= mask[lane];
     return any != 0;
@@ -57,15 +51,13 @@ INLINE bool vector_any(vector_mask mask)
 
 #if KERNEL_FP64
 
-INLINE vector vector_exp(vector x)
-{
+INLINE vector vector_exp(vector x) {
     vector result;
     for (int lane = 0; lane < LANES; lane++) result[lane] = exp(x[lane]);
     return result;
 }
 
-INLINE vector vector_tanh(vector x)
-{
+INLINE vector vector_tanh(vector x) {
     vector result;
     for (int lane = 0; lane < LANES; lane++) result[lane] = tanh(x[lane]);
     return result;
@@ -75,8 +67,7 @@ INLINE vector vector_tanh(vector x)
 
 /* e^x within about one unit in the last place for normal results; denormal results are flushed to 0; exp(0) is exactly 1.
  * x = n ln 2 + r: 2^n from the exponent bits, e^r from the polynomial of S. Moshier's Cephes library (expf). */
-INLINE vector vector_exp(vector x)
-{
+INLINE vector vector_exp(vector x) {
     const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
     vector shifted = x * 1.44269504088896341f + round_to_integer;
     vector n = shifted - round_to_integer;
@@ -96,8 +87,7 @@ INLINE vector vector_exp(vector x)
 }
 
 /* tanh(x) within a few units in the last place: Cephes' odd polynomial (tanhf) for small arguments, else 1 - 2 / (e^2|x| + 1). */
-INLINE vector vector_tanh(vector x)
-{
+INLINE vector vector_tanh(vector x) {
     vector square = x * x;
     vector small = vector_of(-5.70498872745e-3f);
     small = small * square + 2.06390887954e-2f;
@@ -113,7 +103,6 @@ INLINE vector vector_tanh(vector x)
 
 #endif
 
-INLINE real real_exp(real x)
-{
+INLINE real real_exp(real x) {
     return vector_exp(vector_of(x))[0];
 }

@@ -16,29 +16,25 @@ typedef struct {
     size_t used;
 } workspace_cursor;
 
-static void* workspace_take(workspace_cursor* cursor, int64_t count, size_t element_size)
-{
+static void* workspace_take(workspace_cursor* cursor, int64_t count, size_t element_size) {
     void* piece = cursor->memory ? cursor->memory + cursor->used : NULL;
     size_t bytes = (size_t)count * element_size;
     cursor->used += (bytes + WORKSPACE_ALIGNMENT - 1) / WORKSPACE_ALIGNMENT * WORKSPACE_ALIGNMENT;
     return piece;
 }
 
-static real* workspace_take_reals(workspace_cursor* cursor, int64_t count)
-{
+static real* workspace_take_reals(workspace_cursor* cursor, int64_t count) {
     return workspace_take(cursor, count, sizeof(real));
 }
 
 /* ---- Statistics ---------------------------------------------------------------------------------------------------------------------- */
 
-INLINE real get_statistic(const cpu_attention* attention, const void* array, int64_t index)
-{
+INLINE real get_statistic(const cpu_attention* attention, const void* array, int64_t index) {
     if (attention->float_statistics) return ((const float*)array)[index];
     return ((const real*)array)[index];
 }
 
-INLINE void set_statistic(const cpu_attention* attention, void* array, int64_t index, real value)
-{
+INLINE void set_statistic(const cpu_attention* attention, void* array, int64_t index, real value) {
     if (attention->float_statistics) {
         ((float*)array)[index] = (float)value;
     } else {
@@ -48,39 +44,32 @@ INLINE void set_statistic(const cpu_attention* attention, void* array, int64_t i
 
 /* ---- Geometry ------------------------------------------------------------------------------------------------------------------------ */
 
-INLINE int64_t minimum(int64_t a, int64_t b)
-{
+INLINE int64_t minimum(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-INLINE int64_t maximum(int64_t a, int64_t b)
-{
+INLINE int64_t maximum(int64_t a, int64_t b) {
     return a > b ? a : b;
 }
 
-INLINE int64_t divide_up(int64_t a, int64_t b)
-{
+INLINE int64_t divide_up(int64_t a, int64_t b) {
     return a / b + (a % b != 0);
 }
 
-INLINE int64_t round_up(int64_t a, int64_t b)
-{
+INLINE int64_t round_up(int64_t a, int64_t b) {
     return divide_up(a, b) * b;
 }
 
 /* Query rows of a tile, a multiple of LANES. */
-INLINE int64_t tile_rows(const cpu_attention* attention)
-{
+INLINE int64_t tile_rows(const cpu_attention* attention) {
     return maximum(LANES, minimum(TILE_ROWS, round_up(attention->seq_len_q, LANES)));
 }
 
-INLINE int64_t row_tile_count(const cpu_attention* attention)
-{
+INLINE int64_t row_tile_count(const cpu_attention* attention) {
     return divide_up(attention->seq_len_q, tile_rows(attention));
 }
 
-INLINE int64_t column_tile_count(const cpu_attention* attention)
-{
+INLINE int64_t column_tile_count(const cpu_attention* attention) {
     return divide_up(attention->seq_len_kv, TILE_COLUMNS);
 }
 
@@ -91,8 +80,7 @@ typedef struct {
     int64_t offset; /* row i stands at key position i + offset */
 } head_position;
 
-static head_position locate_head(const cpu_attention* attention, int64_t b, int64_t h)
-{
+static head_position locate_head(const cpu_attention* attention, int64_t b, int64_t h) {
     head_position position = {.b = b, .h = h, .kv_head = h / (attention->num_heads / attention->num_kv_heads)};
     position.keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
     if (attention->query_offsets) {
@@ -108,8 +96,7 @@ typedef struct {
     int64_t first, last;
 } column_range;
 
-static column_range columns_of_row(const cpu_attention* attention, const head_position* position, int64_t i)
-{
+static column_range columns_of_row(const cpu_attention* attention, const head_position* position, int64_t i) {
     column_range range = {0, position->keys};
     int64_t diagonal = i + position->offset;
     if (attention->causal) range.last = minimum(range.last, diagonal + 1);
@@ -120,8 +107,7 @@ static column_range columns_of_row(const cpu_attention* attention, const head_po
 }
 
 /* All columns that some row of first_row ..< first_row + rows may attend. Limits grow with i, so the ends come from the outermost rows. */
-static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows)
-{
+static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
     column_range first = columns_of_row(attention, position, first_row);
     column_range last = columns_of_row(attention, position, first_row + rows - 1);
     column_range range = {minimum(first.first, position->keys), last.last};
@@ -133,14 +119,12 @@ static column_range columns_of_rows(const cpu_attention* attention, const head_p
 
 /* Rows of a tensor as reals, [rows][channels]. */
 static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
-                      int64_t row_stride)
-{
+                      int64_t row_stride) {
     for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
 }
 
 /* The transpose of tile[rows][channels] into [channels][padded_rows]; the padding is 0. */
-static void transpose_rows(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* transposed, int64_t padded_rows)
-{
+static void transpose_rows(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* transposed, int64_t padded_rows) {
     for (int64_t channel = 0; channel < channels; channel++) {
         real* out = transposed + channel * padded_rows;
         for (int64_t row = 0; row < rows; row++) out[row] = tile[row * row_stride + channel];
@@ -149,8 +133,7 @@ static void transpose_rows(const real* tile, int64_t row_stride, int64_t rows, i
 }
 
 /* Whether every element is finite: x - x is 0 for a finite x, else NaN. */
-static bool rows_are_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels)
-{
+static bool rows_are_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels) {
     real sum = 0;
     for (int64_t row = 0; row < rows; row++) {
         const real* values = tile + row * row_stride;
@@ -166,8 +149,7 @@ static bool rows_are_finite(const real* tile, int64_t row_stride, int64_t rows, 
 }
 
 /* Copies a tile with 0 in place of what is not finite. */
-static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* finite)
-{
+static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* finite) {
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t channel = 0; channel < channels; channel++) {
             real value = tile[row * row_stride + channel];
@@ -179,8 +161,7 @@ static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int6
 /* ---- Masks --------------------------------------------------------------------------------------------------------------------------- */
 
 /* Element of an additive mask as a real. A finite number stays finite: only -inf masks. */
-static real additive_mask_value(const cpu_tensor* mask, const char* address)
-{
+static real additive_mask_value(const cpu_tensor* mask, const char* address) {
     switch (mask->precision) {
     case CPU_FP32: return (real) * (const float_in_memory*)address;
     case CPU_FP16: return (real)float_from_half(*(const half_in_memory*)address);
@@ -194,8 +175,7 @@ static real additive_mask_value(const cpu_tensor* mask, const char* address)
     return (real)value;
 }
 
-static int64_t element_bytes(cpu_precision precision)
-{
+static int64_t element_bytes(cpu_precision precision) {
     switch (precision) {
     case CPU_FP64: return 8;
     case CPU_FP32: return 4;
@@ -207,8 +187,7 @@ static int64_t element_bytes(cpu_precision precision)
 
 /* The mask's share of a tile: what it adds to the scores, [column][row], -inf where it masks. Returns whether any element is left. */
 static bool load_mask(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows, int64_t padded_rows,
-                      int64_t first_column, int64_t columns, real* additions)
-{
+                      int64_t first_column, int64_t columns, real* additions) {
     const cpu_tensor* mask = &attention->mask;
     int64_t size = element_bytes(mask->precision);
     const char* base = (const char*)mask->data + (position->b * mask->strides[0] + position->h * mask->strides[1]) * size;
@@ -231,8 +210,7 @@ static bool load_mask(const cpu_attention* attention, const head_position* posit
 /* ---- Dropout ------------------------------------------------------------------------------------------------------------------------- */
 
 /* Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011). */
-static void philox(uint64_t key, const uint32_t counter[4], uint32_t words[4])
-{
+static void philox(uint64_t key, const uint32_t counter[4], uint32_t words[4]) {
     uint32_t key_low = (uint32_t)key, key_high = (uint32_t)(key >> 32);
     uint32_t x0 = counter[0], x1 = counter[1], x2 = counter[2], x3 = counter[3];
     for (int round = 0; round < 10; round++) {
@@ -253,8 +231,7 @@ static void philox(uint64_t key, const uint32_t counter[4], uint32_t words[4])
 
 /* Dropout's factors of a tile, [column][row]: 0, or 1 / (1 - dropout_p). first_column is a multiple of 4. */
 static void load_dropout(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t padded_rows,
-                         int64_t first_column, int64_t columns, real* factors)
-{
+                         int64_t first_column, int64_t columns, real* factors) {
     uint64_t threshold = (uint64_t)(attention->dropout_p * 4294967296.0);
     real kept = attention->dropout_p < 1 ? (real)(1 / (1 - attention->dropout_p)) : 0;
     uint32_t head = (uint32_t)((uint64_t)position->b * (uint64_t)attention->num_heads + (uint64_t)position->h);
@@ -284,8 +261,7 @@ typedef struct {
     real_bits* limits;   /* workspace, 2 * rows */
 } score_tile;
 
-static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile)
-{
+static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile) {
     int64_t rows = tile_rows(attention);
     tile->rows = rows;
     tile->scores = workspace_take_reals(cursor, TILE_COLUMNS * rows);
@@ -296,8 +272,7 @@ static void take_score_tile(workspace_cursor* cursor, const cpu_attention* atten
 }
 
 /* Sets the tile's place. False if no element of it is attended, so that the tile can be skipped. Reads masks only. */
-static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column)
-{
+static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column) {
     tile->first_column = first_column;
     tile->columns = minimum(TILE_COLUMNS, tile->position.keys - first_column);
     if (tile->columns <= 0) return false;
@@ -319,8 +294,7 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
 }
 
 /* Turns dot products into scores: scale, softcap, mask, ALiBi, then selection. */
-static void finish_scores(const cpu_attention* attention, score_tile* tile)
-{
+static void finish_scores(const cpu_attention* attention, score_tile* tile) {
     const real scale = (real)attention->softmax_scale, softcap = (real)attention->softcap;
     const real slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, tile->position.h) : 0;
     const int64_t rows = tile->rows;
@@ -358,7 +332,6 @@ static void finish_scores(const cpu_attention* attention, score_tile* tile)
     }
 }
 
-INLINE bool is_attended(const score_tile* tile, int64_t column, int64_t row)
-{
+INLINE bool is_attended(const score_tile* tile, int64_t column, int64_t row) {
     return row < tile->valid_rows && (tile->full || tile->attended[column * tile->rows + row]);
 }
