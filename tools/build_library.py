@@ -53,12 +53,14 @@ def linker_flags(configuration: str) -> list[str]:
     if sys.platform == "darwin":
         # The counterpart of the version script. macOS has the Swift runtime and resolves symbols eagerly by itself. Not yet run on a Mac.
         return ["-Xlinker", "-exported_symbol", "-Xlinker", "_mfa_*", "-Xlinker", "-dead_strip"]
-    # Worker threads outlive any dlclose(), so the library has to stay: nodelete.
+    # nodelete: worker threads outlive any dlclose(), so the library has to stay.
+    # nostart-stop-gc: the Swift runtime finds its tables by the start and stop symbols of their sections, which nothing else refers to.
     words = [f"--version-script={ROOT / 'tools' / 'mfa.map'}", "-soname=libmfa.so", "-z", "nodelete"]
     if configuration == "release":
         # A debug build may be linked with a sanitizer, whose symbols are undefined until it is loaded.
-        words += ["--gc-sections", "-z", "defs"]
-    return ["-Xswiftc", "-static-stdlib", *(flag for word in words for flag in ("-Xlinker", word))]
+        words += ["--gc-sections", "-z", "nostart-stop-gc", "-z", "defs"]
+    # The toolchain's own linker. Besides being there wherever Swift is, it lists no private symbol in the library's dynamic table.
+    return ["-Xswiftc", "-static-stdlib", "-Xswiftc", "-use-ld=lld", *(flag for word in words for flag in ("-Xlinker", word))]
 
 
 def build_library(configuration: str = "release", scratch_path: str | Path | None = None) -> Path:
