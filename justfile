@@ -46,6 +46,10 @@ fmt:
     clang-format -i $(find core docs -name '*.[ch]')
     swift format --in-place --parallel --recursive Package.swift core
 
+# Measure speed beside PyTorch: ./justw bench [--threads 1] [--quick]
+bench *arguments: build extras
+    @python bench/forward_speed.py "$@"
+
 # Build the Python wheel for this platform into dist/
 wheels:
     cd python && hatchling build --target wheel --directory ../dist

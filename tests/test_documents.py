@@ -51,11 +51,7 @@ def test_fragments_of_c_compile(document: str, tmp_path: Path) -> None:
     assert fragments
     for number, fragment in enumerate(fragments):
         source = tmp_path / f"fragment_{number}.c"
-        source.write_text(f"{DECLARATIONS}
-void fragment(void) {{
-{fragment}
-}}
-")
+        source.write_text(DECLARATIONS + "void fragment(void) {\n" + fragment + "}\n")
         command = [compiler, "-std=c11", "-Wall", "-Werror", f"-I{ROOT / 'include'}", "-fsyntax-only", str(source)]
         answer = subprocess.run(command, capture_output=True, text=True)
         assert answer.returncode == 0, answer.stderr
