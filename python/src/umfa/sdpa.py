@@ -1,0 +1,194 @@
+"""PyTorch's scaled dot-product attention, computed by this library."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from umfa._scalars import describe, flag
+from umfa.arrays import refuse_gradient, view_of
+from umfa.attention import _forward, _Options
+from umfa.context import MFAContext, context_for
+from umfa.errors import InvalidDimensionsError, InvalidTypeError, OutOfMemoryError
+from umfa.quantization import QuantizationConfig
+
+__all__ = ["MetalSDPA"]
+
+_FUNCTION = "umfa.MetalSDPA"
+_NAMES = ("query", "key", "value", "attn_mask")
+
+
+class MetalSDPA:
+    """A function with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Nothing is installed into PyTorch: call it where you would call that function. It differs in that
+
+    * a mask and `is_causal` may be given together, and then both apply;
+    * keys and values that are masked never reach the result, not even a NaN;
+    * gradients do not flow through it yet: a tensor that requires grad is refused in grad mode.
+
+    Parameters
+    ----------
+    context : MFAContext, optional
+        Where to compute; by default each thread's default context.
+    quantize : {"int8", "int4"} or QuantizationConfig, optional
+        As in `attention`.
+
+    Examples
+    --------
+    >>> metal_sdpa = umfa.MetalSDPA()
+    >>> output = metal_sdpa(q, k, v, is_causal=True)
+    """
+
+    def __init__(self, context: MFAContext | None = None, quantize: str | QuantizationConfig | None = None) -> None:
+        if context is not None and not isinstance(context, MFAContext):
+            raise InvalidTypeError(f"{_FUNCTION}: context: expected an umfa.MFAContext, got {describe(context)}")
+        if quantize is not None:
+            QuantizationConfig._structures_of(_FUNCTION, quantize)
+        self.context = context
+        self.quantize = quantize
+
+    def __call__(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Any:
+        """Attention on PyTorch tensors.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            ``[..., num_heads, seq_len_q, head_dim]`` on the CPU; also without heads, and with any number of leading batch axes.
+        key : torch.Tensor
+            ``[..., num_heads, seq_len_kv, head_dim]``; axes before the last two broadcast.
+        value : torch.Tensor
+            ``[..., num_heads, seq_len_kv, head_dim_v]``.
+        attn_mask : torch.Tensor, optional
+            bool (True: attend) or float (added to the scores); broadcasts to ``[..., num_heads, seq_len_q, seq_len_kv]``.
+        dropout_p : float
+            Probability of dropping a weight, with a seed drawn from PyTorch's generator. As in PyTorch it applies whenever it is not 0.
+        is_causal : bool
+            Row i attends columns up to i (aligned upper left).
+        scale : float, optional
+            ``1 / sqrt(head_dim)`` by default.
+        enable_gqa : bool
+            Permit fewer key and value heads than query heads.
+
+        Returns
+        -------
+        torch.Tensor
+            ``[..., num_heads, seq_len_q, head_dim_v]``, contiguous, of the dtype of `query`.
+
+        Raises
+        ------
+        InvalidTypeError
+            For what is not a tensor, or dtypes that differ.
+        InvalidDimensionsError
+            For shapes that do not match; without `enable_gqa` also for head counts that differ.
+        UnsupportedError
+            For a tensor that is not on the CPU, or that requires grad in grad mode.
+        MFAError
+            As `attention`.
+        """
+        torch: Any = sys.modules.get("torch")
+        for argument, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
+            if torch is None or not isinstance(tensor, torch.Tensor):
+                if argument == "attn_mask" and tensor is None:
+                    continue
+                raise InvalidTypeError(
+                    f"{_FUNCTION}: {argument}: expected a PyTorch tensor, got {describe(tensor)}; for other arrays use umfa.attention"
+                )
+            if argument != "attn_mask" and tensor.dtype != query.dtype:
+                raise InvalidTypeError(f"{_FUNCTION}: {argument}: expected dtype {query.dtype} like query, got {tensor.dtype}")
+            if argument != "attn_mask" and tensor.dim() < 2:
+                raise InvalidDimensionsError(f"{_FUNCTION}: {argument}: expected at least 2 axes, got shape {tuple(tensor.shape)}")
+            view = view_of(_FUNCTION, argument, tensor)
+            refuse_gradient(_FUNCTION, argument, view)
+        causal = bool(flag(_FUNCTION, "is_causal", is_causal))
+        grouped = bool(flag(_FUNCTION, "enable_gqa", enable_gqa))
+
+        query, key, value = _broadcast(torch, query, key, value, grouped)
+        axes = query.dim()
+        if attn_mask is not None:
+            if attn_mask.dim() > axes:
+                raise InvalidDimensionsError(f"{_FUNCTION}: attn_mask: expected at most {axes} axes, got shape {tuple(attn_mask.shape)}")
+            attn_mask = attn_mask[(None,) * (axes - attn_mask.dim())]
+        context = context_for(_FUNCTION, self.context)
+        options = _Options(
+            mask=attn_mask,
+            causal=causal,
+            window=None,
+            scale=scale,
+            softcap=0.0,
+            alibi_slopes=None,
+            sinks=None,
+            kv_lengths=None,
+            query_offset=None,
+            dropout_p=dropout_p,
+            seed=None,
+            dropout_offset=0,
+            quantize=self.quantize,
+        )
+        if axes <= 4:
+            missing = (None,) * (4 - axes)
+            if attn_mask is not None:
+                options = options._replace(mask=attn_mask[missing])
+            result = _forward(_FUNCTION, context, query[missing], key[missing], value[missing], "bhsd", options, None, False, _NAMES)
+            return result.view(result.shape[4 - axes :])
+        try:
+            result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="cpu")
+        except RuntimeError as error:
+            raise OutOfMemoryError(f"{_FUNCTION}: no memory for the result: {error}") from None
+        _run(context, query, key, value, options, result)
+        return result
+
+
+def _broadcast(torch: Any, query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, Any]:
+    """Give the three tensors equal batch axes (and heads, unless they are grouped), by strides of 0."""
+    kept = 3 if grouped else 2
+    if min(query.dim(), key.dim(), value.dim()) < kept:
+        raise InvalidDimensionsError(f"{_FUNCTION}: enable_gqa: expected tensors with heads, got shapes {_shapes(query, key, value)}")
+    try:
+        leading = torch.broadcast_shapes(*(tensor.shape[:-kept] for tensor in (query, key, value)))
+    except RuntimeError:
+        hint = "" if grouped else "; for fewer key and value heads pass enable_gqa=True"
+        raise InvalidDimensionsError(
+            f"{_FUNCTION}: expected axes before the last {kept} that broadcast, got shapes {_shapes(query, key, value)}{hint}"
+        ) from None
+    query, key, value = (tensor.expand(*leading, *tensor.shape[-kept:]) for tensor in (query, key, value))
+    return query, key, value
+
+
+def _shapes(*tensors: Any) -> str:
+    return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+
+
+def _run(context: MFAContext, query: Any, key: Any, value: Any, options: _Options, out: Any) -> None:
+    """Attention on tensors of equal batch axes, without a copy: axes that are one in memory become one, over others runs a loop."""
+    if query.dim() == 4:
+        _forward(_FUNCTION, context, query, key, value, "bhsd", options, out, False, _NAMES)
+        return
+    mask = options.mask
+    try:
+        merged = [_merged(tensor) for tensor in (query, key, value, out)]
+        if mask is not None:
+            one = mask.shape[0] == mask.shape[1] == 1
+            mask = _merged(mask if one else mask.expand(*query.shape[:2], *mask.shape[2:]))
+    except RuntimeError:
+        for index in range(query.shape[0]):
+            part = options if mask is None else options._replace(mask=mask[index if mask.shape[0] > 1 else 0])
+            _run(context, query[index], key[index], value[index], part, out[index])
+        return
+    query, key, value, out = merged
+    _run(context, query, key, value, options._replace(mask=mask), out)
+
+
+def _merged(tensor: Any) -> Any:
+    """A view with the first two axes as one; RuntimeError if their strides do not allow that."""
+    return tensor.view(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])
