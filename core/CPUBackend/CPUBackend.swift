@@ -1,0 +1,178 @@
+// The CPU: plans a validated problem and runs its kernels.
+
+import CPUKernels
+import MFACore
+
+#if canImport(Glibc)
+import Glibc
+#else
+import Darwin
+#endif
+
+/// Computes on the host's processors, at once.
+public final class CPUBackend: Backend {
+    public let device = Device.cpu
+    public let info: BackendInfo
+    public let arrayAccess = ArrayAccess.all
+    private let threads: Int32
+    private let table: KernelTable
+    private let allocator: Allocator
+    private var workspace: Workspace
+
+    /// The most threads that a call can use.
+    public static let mostThreads = Int(CPU_MAX_THREADS)
+
+    /// `threads`: 0 for MFA_NUM_THREADS if that is set, else for what the process may use.
+    public init(threads: Int = 0, allocator: Allocator = .system) throws(MFAError) {
+        self.threads = CPUBackend.threadCount(asked: threads)
+        self.allocator = allocator
+        table = try KernelTable(forced: environment("MFA_KERNELS"))
+        workspace = Workspace(allocator: allocator)
+        info = BackendInfo(
+            name: "cpu", instructionSet: table.instructionSet.name, numThreads: Int(self.threads),
+            operandPrecisions: [.fp32, .fp16, .bf16, .fp64, .int8, .int4])
+    }
+
+    deinit {
+        workspace.release()
+    }
+
+    private static func threadCount(asked: Int) -> Int32 {
+        var threads = asked
+        if threads <= 0, let text = environment("MFA_NUM_THREADS"), let number = Int(text), number > 0 { threads = number }
+        if threads <= 0 { threads = Int(cpu_available_threads()) }
+        return Int32(min(max(threads, 1), mostThreads))
+    }
+
+    // MARK: Memory
+
+    public var heldWorkspace: Int { workspace.size }
+
+    public func abandonWorkspace() {
+        workspace.abandon()
+    }
+
+    public func makeBuffer(size: Int) throws(MFAError) -> Buffer {
+        if size == 0 { return Buffer(contents: nil, size: 0) }
+        let page = max(Int(sysconf(Int32(_SC_PAGESIZE))), Workspace.alignment)
+        guard let memory = allocator.allocate(size, page) else {
+            throw MFAError(.allocationFailed, "a buffer of \(size) bytes could not be had")
+        }
+        memset(memory, 0, size)
+        let address = UInt(bitPattern: memory)
+        return Buffer(
+            contents: memory, size: size,
+            release: { [allocator] in
+                if let memory = UnsafeMutableRawPointer(bitPattern: address) { allocator.deallocate(memory, size, page) }
+            })
+    }
+
+    public func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
+        Buffer(contents: size == 0 ? nil : memory, size: size)
+    }
+
+    // MARK: Attention
+
+    public func forward(_ problem: AttentionProblem) throws(MFAError) {
+        if problem.isEmpty {
+            _ = try table.kernel(.forward, for: problem)
+            return
+        }
+        try plan(problem, nil).run()
+    }
+
+    public func backward(_ problem: BackwardProblem) throws(MFAError) {
+        if problem.attention.isEmpty {
+            problem.gradients.writeZeros(problem.attention)
+            return
+        }
+        try plan(problem.attention, problem.gradients).run()
+    }
+
+    public func finish() throws(MFAError) {}
+
+    public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
+        if problem.isEmpty { return 0 }
+        return try AttentionPlan(problem, nil, table, threads: threads, base: nil).workspaceSize
+    }
+
+    public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {
+        if problem.attention.isEmpty { return 0 }
+        return try AttentionPlan(
+            problem.attention, problem.gradients, table, threads: threads, base: nil
+        ).workspaceSize
+    }
+
+    public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
+        try table.kernel(Step(operation), for: problem).name
+    }
+
+    /// A plan whose workspace is there.
+    private func plan(_ problem: AttentionProblem, _ gradients: AttentionGradients?) throws(MFAError) -> AttentionPlan {
+        let guess = workspace.memory
+        let plan = try AttentionPlan(problem, gradients, table, threads: threads, base: guess)
+        let memory = try workspace.reserve(plan.workspaceSize)
+        return memory == guess ? plan : try AttentionPlan(problem, gradients, table, threads: threads, base: memory)
+    }
+
+    // MARK: Quantisation
+
+    public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
+        let (pass, team) = try prepare(problem, "input")
+        try pass.scan(team)
+        pass.write(team)
+    }
+
+    public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
+        let (pass, team) = try prepare(problem, "input")
+        pass.dequantize(team)
+    }
+
+    private func prepare(_ problem: QuantizationProblem, _ name: StaticString) throws(MFAError) -> (QuantizationPass, Team) {
+        func lay(_ base: UnsafeMutableRawPointer?) throws(MFAError) -> (QuantizationPass, Team, Int) {
+            var layout = WorkspaceLayout(base: base)
+            let pass = try QuantizationPass(name, from: problem.input, to: problem.output, threads: threads, &layout)
+            let scratchSize = (pass.scratchSize + Workspace.alignment - 1) & ~(Workspace.alignment - 1)
+            let scratch = try layout.take(Int(threads), of: scratchSize)
+            return (pass, Team(threads: threads, scratch: scratch, scratchSize: scratchSize), layout.size)
+        }
+        let guess = workspace.memory
+        var (pass, team, size) = try lay(guess)
+        let memory = try workspace.reserve(size)
+        if memory != guess { (pass, team, size) = try lay(memory) }
+        return (pass, team)
+    }
+}
+
+/// The value of an environment variable.
+private func environment(_ name: String) -> String? {
+    getenv(name).map { String(cString: $0) }
+}
+
+extension AttentionGradients {
+    /// Writes 0 to every gradient that has elements: those of a problem without query rows.
+    func writeZeros(_ problem: AttentionProblem) {
+        for tensor in [gradQuery, gradKey, gradValue, gradMask] {
+            if let tensor { tensor.writeZeros() }
+        }
+        let bytes = problem.numHeads * problem.statisticSize
+        if let gradSinks { memset(gradSinks, 0, bytes) }
+        if let gradAlibiSlopes { memset(gradAlibiSlopes, 0, bytes) }
+    }
+}
+
+extension Tensor {
+    /// Writes 0 to every element, of a float type.
+    fileprivate func writeZeros() {
+        guard hasElements, let address else { return }
+        let unit = precision.unitSize
+        for batch in 0..<shape[0] {
+            for head in 0..<shape[1] {
+                for token in 0..<shape[2] {
+                    let row = address + (batch * strides[0] + head * strides[1] + token * strides[2]) * unit
+                    for channel in 0..<shape[3] { memset(row + channel * strides[3] * unit, 0, unit) }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,95 @@
+// From validated values to the structs that kernels read.
+
+import CPUKernels
+import MFACore
+
+extension Precision {
+    var kernelPrecision: cpu_precision {
+        switch self {
+        case .fp32: CPU_FP32
+        case .fp16: CPU_FP16
+        case .bf16: CPU_BF16
+        case .fp64: CPU_FP64
+        case .int4: CPU_INT4
+        case .int8: CPU_INT8
+        case .bool: CPU_BOOL
+        }
+    }
+}
+
+extension cpu_tensor {
+    /// A tensor that is there.
+    init(_ tensor: Tensor) {
+        self.init()
+        data = tensor.address
+        strides = (Int64(tensor.strides[0]), Int64(tensor.strides[1]), Int64(tensor.strides[2]), Int64(tensor.strides[3]))
+        precision = tensor.precision.kernelPrecision
+        scale_tokens = 1
+        scale_channels = 1
+        guard let quantization = tensor.effectiveQuantization,
+            let layout = ScaleLayout(
+                quantization.granularity, shape: tensor.shape, blockSize: quantization.blockSize, groupSize: quantization.groupSize)
+        else { return }
+        rotated = quantization.rotated
+        scales = quantization.scales
+        zero_points = quantization.zeroPoints
+        channel_means = quantization.channelMeans
+        scale_strides = (Int64(layout.strides[0]), Int64(layout.strides[1]), Int64(layout.strides[2]), Int64(layout.strides[3]))
+        scale_tokens = Int64(layout.tokens)
+        scale_channels = Int64(layout.channels)
+        mean_strides = (Int64(tensor.shape[1] * tensor.shape[3]), Int64(tensor.shape[3]))
+    }
+
+    /// A tensor that may be absent: `data` NULL.
+    init(_ tensor: Tensor?) {
+        if let tensor { self.init(tensor) } else { self.init() }
+    }
+}
+
+extension cpu_attention {
+    /// A problem, with operands that may stand in for the problem's own.
+    init(_ problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor) {
+        self.init()
+        let options = problem.options
+        batch_size = Int64(problem.batchSize)
+        num_heads = Int64(problem.numHeads)
+        num_kv_heads = Int64(problem.numKVHeads)
+        seq_len_q = Int64(problem.seqLenQ)
+        seq_len_kv = Int64(problem.seqLenKV)
+        head_dim = Int64(problem.headDim)
+        head_dim_v = Int64(problem.headDimV)
+        self.query = cpu_tensor(query)
+        self.key = cpu_tensor(key)
+        self.value = cpu_tensor(value)
+        output = cpu_tensor(problem.output)
+        logsumexp = problem.logsumexp
+        mask = cpu_tensor(options.mask)
+        causal = options.causal
+        lower_right = options.alignment == .lowerRight
+        query_offsets = options.queryOffsets
+        query_offset_stride = options.numQueryOffsets > 1 ? 1 : 0
+        window_left = options.windowLeft
+        window_right = options.windowRight
+        kv_lengths = options.kvLengths
+        softmax_scale = Double(problem.softmaxScale)
+        softcap = Double(options.softcap)
+        alibi_slopes = options.alibiSlopes
+        sinks = options.sinks
+        dropout_p = options.dropoutP
+        seed = options.seed
+        dropout_offset = options.dropoutOffset
+    }
+
+    /// Adds the gradients.
+    mutating func add(_ gradients: AttentionGradients, dValues: UnsafeMutableRawPointer) {
+        grad_output = cpu_tensor(gradients.gradOutput)
+        grad_logsumexp = gradients.gradLogsumexp
+        d_values = dValues
+        grad_query = cpu_tensor(gradients.gradQuery)
+        grad_key = cpu_tensor(gradients.gradKey)
+        grad_value = cpu_tensor(gradients.gradValue)
+        grad_mask = cpu_tensor(gradients.gradMask)
+        grad_sinks = gradients.gradSinks
+        grad_alibi_slopes = gradients.gradAlibiSlopes
+    }
+}

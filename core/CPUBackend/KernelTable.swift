@@ -1,0 +1,141 @@
+// Which kernel serves what: the one place that names kernels. A kernel is in use because it stands here.
+
+import CPUKernels
+import MFACore
+
+/// A step of a call that a kernel computes.
+enum Step {
+    case forward
+    case dValues
+    case backwardQuery
+    case backwardKeyValue
+    case backwardBias
+
+    init(_ operation: Operation) {
+        switch operation {
+        case .forward: self = .forward
+        case .backwardQuery: self = .backwardQuery
+        case .backwardKeyValue: self = .backwardKeyValue
+        }
+    }
+
+    var name: StaticString {
+        switch self {
+        case .forward: "forward"
+        case .dValues: "d_values"
+        case .backwardQuery: "backward for the query"
+        case .backwardKeyValue: "backward for key and value"
+        case .backwardBias: "backward for mask, sinks and slopes"
+        }
+    }
+}
+
+/// What a kernel was compiled for. Each includes those above it.
+enum InstructionSet: Int, CaseIterable {
+    case baseline
+    case avx2
+
+    var name: StaticString {
+        switch self {
+        case .baseline: "baseline"
+        case .avx2: "avx2"
+        }
+    }
+
+    /// Whether this processor has it.
+    var isAvailable: Bool {
+        switch self {
+        case .baseline: true
+        case .avx2: cpu_has_avx2()
+        }
+    }
+}
+
+/// Kernels of one make. Tests force one by MFA_KERNELS.
+enum KernelFamily: String {
+    case reference
+}
+
+/// A line of the table.
+struct KernelEntry {
+    let step: Step
+    let arithmetic: Arithmetic
+    let family: KernelFamily
+    let instructionSet: InstructionSet
+    let kernel: cpu_attention_kernel
+    /// Whether it can compute this problem.
+    let serves: (AttentionProblem) -> Bool
+}
+
+/// The kernels that one context uses.
+struct KernelTable {
+    private let entries: [KernelEntry]
+    /// The best instruction set among them.
+    let instructionSet: InstructionSet
+
+    /// Every kernel there is, the most specific first, the reference kernels last: the first that serves a problem computes it.
+    private static func all() -> [KernelEntry] {
+        var entries: [KernelEntry] = []
+
+        func reference(_ step: Step, _ arithmetic: Arithmetic, _ instructionSet: InstructionSet, _ kernel: cpu_attention_kernel) {
+            entries.append(
+                KernelEntry(
+                    step: step, arithmetic: arithmetic, family: .reference, instructionSet: instructionSet, kernel: kernel,
+                    serves: { _ in true }))
+        }
+
+        #if arch(x86_64)
+        reference(.forward, .fp32, .avx2, attention_forward_fp32_reference_avx2)
+        reference(.dValues, .fp32, .avx2, attention_d_values_fp32_reference_avx2)
+        reference(.backwardQuery, .fp32, .avx2, attention_backward_query_fp32_reference_avx2)
+        reference(.backwardKeyValue, .fp32, .avx2, attention_backward_key_value_fp32_reference_avx2)
+        reference(.backwardBias, .fp32, .avx2, attention_backward_bias_fp32_reference_avx2)
+        reference(.forward, .fp64, .avx2, attention_forward_fp64_reference_avx2)
+        reference(.dValues, .fp64, .avx2, attention_d_values_fp64_reference_avx2)
+        reference(.backwardQuery, .fp64, .avx2, attention_backward_query_fp64_reference_avx2)
+        reference(.backwardKeyValue, .fp64, .avx2, attention_backward_key_value_fp64_reference_avx2)
+        reference(.backwardBias, .fp64, .avx2, attention_backward_bias_fp64_reference_avx2)
+        #endif
+        reference(.forward, .fp32, .baseline, attention_forward_fp32_reference)
+        reference(.dValues, .fp32, .baseline, attention_d_values_fp32_reference)
+        reference(.backwardQuery, .fp32, .baseline, attention_backward_query_fp32_reference)
+        reference(.backwardKeyValue, .fp32, .baseline, attention_backward_key_value_fp32_reference)
+        reference(.backwardBias, .fp32, .baseline, attention_backward_bias_fp32_reference)
+        reference(.forward, .fp64, .baseline, attention_forward_fp64_reference)
+        reference(.dValues, .fp64, .baseline, attention_d_values_fp64_reference)
+        reference(.backwardQuery, .fp64, .baseline, attention_backward_query_fp64_reference)
+        reference(.backwardKeyValue, .fp64, .baseline, attention_backward_key_value_fp64_reference)
+        reference(.backwardBias, .fp64, .baseline, attention_backward_bias_fp64_reference)
+        return entries
+    }
+
+    /// The kernels that this processor runs and that `forced` allows: nil for all, the name of a family, or that of the best instruction set
+    /// to be used.
+    init(forced: String?) throws(MFAError) {
+        var allowed = InstructionSet.allCases.last(where: \.isAvailable) ?? .baseline
+        var family: KernelFamily?
+        if let forced, !forced.isEmpty {
+            if let named = InstructionSet.allCases.first(where: { "\($0.name)" == forced }) {
+                if !named.isAvailable {
+                    throw MFAError(.deviceUnavailable, "MFA_KERNELS asks for \"\(forced)\", which this processor does not have")
+                }
+                allowed = named
+            } else if let named = KernelFamily(rawValue: forced) {
+                family = named
+            } else {
+                throw MFAError(.deviceUnavailable, "MFA_KERNELS must name a family of kernels or an instruction set (got \"\(forced)\")")
+            }
+        }
+        let limit = allowed.rawValue
+        entries = KernelTable.all().filter { $0.instructionSet.rawValue <= limit && (family == nil || $0.family == family) }
+        instructionSet = entries.map(\.instructionSet).max { $0.rawValue < $1.rawValue } ?? .baseline
+    }
+
+    /// The kernel for a step of a problem.
+    func kernel(_ step: Step, for problem: AttentionProblem) throws(MFAError) -> cpu_attention_kernel {
+        for entry in entries where entry.step == step && entry.arithmetic == problem.arithmetic && entry.serves(problem) {
+            return entry.kernel
+        }
+        throw .unsupported("no kernel on this device serves \(step.name) of this problem")
+    }
+}

@@ -1,0 +1,105 @@
+import CPUKernels
+import MFACore
+
+/// Quantising or dequantising one tensor: what the kernels need, and the workspace for it.
+struct QuantizationPass {
+    private let quantization: cpu_quantization
+    /// One byte a thread: whether it met a value that is not finite.
+    private let failures: UnsafeMutablePointer<Bool>
+    private let name: StaticString
+
+    /// `lengths`: tokens beyond take no part.
+    init(
+        _ name: StaticString, from input: Tensor, to output: Tensor, lengths: UnsafePointer<Int64>? = nil, threads: Int32,
+        _ layout: inout WorkspaceLayout
+    ) throws(MFAError) {
+        self.name = name
+        var quantization = cpu_quantization()
+        quantization.batch_size = Int64(input.shape[0])
+        quantization.num_heads = Int64(input.shape[1])
+        quantization.seq_len = Int64(input.shape[2])
+        quantization.head_dim = Int64(input.shape[3])
+        quantization.lengths = lengths
+        quantization.input = cpu_tensor(input)
+        quantization.output = cpu_tensor(output)
+        quantization.per_tensor = output.effectiveQuantization?.granularity == .tensor
+        if output.precision.isQuantized {
+            let extremes = try layout.take(input.shape[0] * input.shape[1], of: 2 * MemoryLayout<Float>.size)
+            quantization.extremes = extremes.assumingMemoryBound(to: Float.self)
+        }
+        failures = try layout.take(Int(threads)).assumingMemoryBound(to: Bool.self)
+        self.quantization = quantization
+    }
+
+    /// The workspace that each thread needs while this pass runs.
+    var scratchSize: Int { withUnsafePointer(to: quantization) { Int(clamping: cpu_quantization_workspace_bytes($0)) } }
+
+    private struct Work {
+        let quantization: UnsafePointer<cpu_quantization>
+        let failures: UnsafeMutablePointer<Bool>
+        let team: Team
+    }
+
+    /// First half of quantising: finds the extremes. Throws if a value that takes part is not finite.
+    func scan(_ team: Team) throws(MFAError) {
+        failures.initialize(repeating: false, count: Int(team.threads))
+        run(team) { state, item, thread in
+            guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+            if !cpu_quantize_scan(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
+        }
+        for thread in 0..<Int(team.threads) where failures[thread] {
+            throw .argument("`\(name)`: values to be quantised must be finite, as FP32 and after rotation and smoothing")
+        }
+    }
+
+    /// Second half: writes scales, zero points, means and codes.
+    func write(_ team: Team) {
+        run(team) { state, item, thread in
+            guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+            cpu_quantize_write(work.quantization, item, work.team.scratch(of: thread))
+        }
+    }
+
+    /// Writes the real values of codes.
+    func dequantize(_ team: Team) {
+        run(team) { state, item, thread in
+            guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+            cpu_dequantize(work.quantization, item, work.team.scratch(of: thread))
+        }
+    }
+
+    private func run(_ team: Team, _ task: @convention(c) (UnsafeMutableRawPointer?, Int64, Int32) -> Void) {
+        let items = quantization.batch_size * quantization.num_heads
+        withUnsafePointer(to: quantization) { team.run(items, Work(quantization: $0, failures: failures, team: team), task) }
+    }
+}
+
+/// A float operand and the codes in workspace that stand in for it.
+struct FusedOperand {
+    let codes: Tensor
+    let pass: QuantizationPass
+
+    /// Nil without a scheme: the operand is taken as it is.
+    init?(
+        _ name: StaticString, _ operand: Tensor, scheme: QuantizationScheme?, lengths: UnsafePointer<Int64>?, threads: Int32,
+        _ layout: inout WorkspaceLayout
+    ) throws(MFAError) {
+        guard let scheme else { return nil }
+        let shape = operand.shape
+        guard let scales = ScaleLayout(scheme.granularity, shape: shape, blockSize: scheme.blockSize, groupSize: scheme.groupSize) else {
+            throw .dimensions("`\(name)`: the number of scales overflows")
+        }
+        var quantization = Quantization(
+            granularity: scheme.granularity, blockSize: scheme.blockSize, groupSize: scheme.groupSize, rotated: scheme.rotate, scales: nil)
+        quantization.scales = try layout.take(scales.count, of: 4).assumingMemoryBound(to: Float.self)
+        if scheme.asymmetric { quantization.zeroPoints = try layout.take(scales.count, of: 4).assumingMemoryBound(to: Int32.self) }
+        if scheme.smooth {
+            let means = try layout.take(shape[0] * shape[1] * shape[3], of: 4)
+            quantization.channelMeans = means.assumingMemoryBound(to: Float.self)
+        }
+        let rowBytes = scheme.precision == .int4 ? (shape[3] + 1) / 2 : shape[3]
+        let data = try layout.take(shape[0] * shape[1] * shape[2], of: rowBytes)
+        codes = Tensor(data, precision: scheme.precision, shape: shape, layout: .bhsd, quantization: quantization)
+        pass = try QuantizationPass(name, from: operand, to: codes, lengths: lengths, threads: threads, &layout)
+    }
+}

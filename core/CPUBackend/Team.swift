@@ -1,0 +1,30 @@
+import CPUKernels
+
+/// The threads of a call, each with scratch memory of its own.
+struct Team {
+    let threads: Int32
+    /// Of thread 0; the others' follow, `scratchSize` bytes each.
+    let scratch: UnsafeMutableRawPointer
+    let scratchSize: Int
+
+    func scratch(of thread: Int32) -> UnsafeMutableRawPointer { scratch + Int(thread) * scratchSize }
+
+    /// Runs all items of an attention kernel.
+    func run(_ kernel: cpu_attention_kernel, _ attention: UnsafePointer<cpu_attention>) {
+        struct Work {
+            let team: Team
+            let kernel: cpu_attention_kernel
+            let attention: UnsafePointer<cpu_attention>
+        }
+        run(kernel.item_count(attention), Work(team: self, kernel: kernel, attention: attention)) { state, item, thread in
+            guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+            work.kernel.run(work.attention, item, work.team.scratch(of: thread))
+        }
+    }
+
+    /// Runs `task` once for each item; its state is the address of `work`.
+    func run<Work>(_ items: Int64, _ work: Work, _ task: @convention(c) (UnsafeMutableRawPointer?, Int64, Int32) -> Void) {
+        var work = work
+        withUnsafeMutablePointer(to: &work) { cpu_parallel_for(threads, items, task, $0) }
+    }
+}

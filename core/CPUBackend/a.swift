@@ -1,2 +1,0 @@
-import CPUKernels
-public func b() -> Int32 { x() }

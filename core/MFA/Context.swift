@@ -1,0 +1,158 @@
+import CPUBackend
+@_exported public import MFACore
+import Support
+
+/// A device with its threads and its workspace. It serves one call at a time: a second thread waits for the first. Different contexts are
+/// independent of each other. Its workspace is given back when the last reference goes.
+public final class Context: @unchecked Sendable {
+    /// The device that `Device.auto` stood for, if that was asked for.
+    public let device: Device
+    /// What the device is and can do.
+    public let info: BackendInfo
+    /// The most threads that a CPU context can be created with.
+    public static let mostThreads = CPUBackend.mostThreads
+
+    private let backend: any Backend
+    private let lock: OpaquePointer
+
+    /// Creates a context. `threads` counts the caller's; 0: MFA_NUM_THREADS if set, else what the process may use.
+    public init(device: Device = .auto, threads: Int = 0, allocator: Allocator = .system) throws(MFAError) {
+        if threads < 0 || threads > Context.mostThreads {
+            throw .argument("`num_threads` must be 0 to \(Context.mostThreads) (got \(threads))")
+        }
+        let backend = try DeviceRegistry.makeBackend(device, DeviceRegistry.Options(threads: threads, allocator: allocator))
+        guard let lock = support_lock_create() else { throw MFAError(.allocationFailed, "memory for a context could not be had") }
+        self.backend = backend
+        self.device = backend.device
+        self.info = backend.info
+        self.lock = lock
+    }
+
+    deinit {
+        support_lock_destroy(lock)
+    }
+
+    /// Runs `body` while no other call is in this context. The session must not outlive it.
+    package func exclusively<Result>(_ body: (Session) throws(MFAError) -> Result) throws(MFAError) -> Result {
+        let isWhole = support_lock_acquire(lock)
+        defer { support_lock_release(lock) }
+        if !isWhole { backend.abandonWorkspace() }
+        return try body(Session(backend: backend, isWhole: isWhole))
+    }
+
+    /// The bytes of workspace that the context holds now.
+    public var heldWorkspace: Int { (try? exclusively { (session) throws(MFAError) in session.backend.heldWorkspace }) ?? 0 }
+
+    /// Allocates `size` zeroed bytes on this context's device.
+    public func makeBuffer(size: Int) throws(MFAError) -> Buffer {
+        try exclusively { (session) throws(MFAError) in try session.makeBuffer(size: size) }
+    }
+
+    /// Wraps memory that the caller keeps alive as long as the buffer; no copy.
+    public func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
+        try exclusively { (session) throws(MFAError) in try session.wrap(memory, size: size) }
+    }
+
+    /// Computes a problem's output and, if asked for, its logsumexp.
+    public func forward(_ request: AttentionRequest) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in try session.forward(request) }
+    }
+
+    /// Computes the gradients that are asked for.
+    public func backward(_ request: AttentionRequest, _ gradients: GradientRequest) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in try session.backward(request, gradients) }
+    }
+
+    /// The bytes of workspace that a forward call would hold.
+    public func workspaceSize(_ request: AttentionRequest) throws(MFAError) -> Int {
+        try exclusively { (session) throws(MFAError) in try session.workspaceSize(request, nil) }
+    }
+
+    /// The bytes of workspace that a backward call would hold.
+    public func workspaceSize(_ request: AttentionRequest, _ gradients: GradientRequest) throws(MFAError) -> Int {
+        try exclusively { (session) throws(MFAError) in try session.workspaceSize(request, gradients) }
+    }
+
+    /// The name of the kernel that a problem would use.
+    public func kernelName(_ request: AttentionRequest, _ operation: Operation) throws(MFAError) -> String {
+        try exclusively { (session) throws(MFAError) in String(cString: try session.kernelName(request, operation)) }
+    }
+
+    /// Quantises `input`, of a float type, by the scheme that the output's quantisation describes.
+    public func quantize(_ input: Tensor, into output: Tensor) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in
+            try session.quantize(input, into: output, DeferredFailures())
+        }
+    }
+
+    /// Writes the real values that the codes of `input` stand for.
+    public func dequantize(_ input: Tensor, into output: Tensor) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in
+            try session.dequantize(input, into: output, DeferredFailures())
+        }
+    }
+}
+
+/// What a thread can do while it has a context to itself: validate a request, hand it to the backend, and wait for the results.
+package struct Session {
+    fileprivate let backend: any Backend
+    /// Whether what the context's lock guards is whole: it is not if a thread was changing it when this process was forked off.
+    package let isWhole: Bool
+
+    package var heldWorkspace: Int { backend.heldWorkspace }
+
+    package func makeBuffer(size: Int) throws(MFAError) -> Buffer {
+        if size < 0 { throw .dimensions("`size` must be 0 to 2^63 - 1 (got \(UInt(bitPattern: size)))") }
+        return try backend.makeBuffer(size: size)
+    }
+
+    package func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
+        if size < 0 || UInt(bitPattern: memory).addingReportingOverflow(UInt(bitPattern: size)).overflow {
+            throw .dimensions("`size`: the memory wraps around the address space (got \(UInt(bitPattern: size)))")
+        }
+        if memory == nil && size > 0 { throw .argument("`memory` must not be NULL for a buffer of \(size) bytes") }
+        return try backend.wrap(memory, size: size)
+    }
+
+    package func forward(_ request: AttentionRequest) throws(MFAError) {
+        try backend.forward(try AttentionProblem(request, for: .forward, reading: backend.arrayAccess))
+        try backend.finish()
+    }
+
+    package func backward(_ request: AttentionRequest, _ gradients: GradientRequest) throws(MFAError) {
+        try backend.backward(try BackwardProblem(request, gradients, reading: backend.arrayAccess))
+        try backend.finish()
+    }
+
+    /// Validates a request that will not run here: nothing of the caller's memory is read.
+    package func check(_ request: AttentionRequest, _ gradients: GradientRequest? = nil) throws(MFAError) {
+        if let gradients {
+            _ = try BackwardProblem(request, gradients, reading: .none)
+        } else {
+            _ = try AttentionProblem(request, for: .forward, reading: .none)
+        }
+    }
+
+    /// Of forward without gradients, else of backward.
+    package func workspaceSize(_ request: AttentionRequest, _ gradients: GradientRequest?) throws(MFAError) -> Int {
+        guard let gradients else {
+            return try backend.workspaceSize(forward: try AttentionProblem(request, for: .forward, reading: .options))
+        }
+        return try backend.workspaceSize(backward: try BackwardProblem(request, gradients, reading: .options))
+    }
+
+    package func kernelName(_ request: AttentionRequest, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
+        let purpose = operation == .forward ? Purpose.forward : .backwardInquiry
+        return try backend.kernelName(try AttentionProblem(request, for: purpose, reading: .options), operation)
+    }
+
+    package func quantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {
+        try backend.quantize(try QuantizationProblem(quantizing: input, into: output, deferred: deferred, reading: backend.arrayAccess))
+        try backend.finish()
+    }
+
+    package func dequantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {
+        try backend.dequantize(try QuantizationProblem(dequantizing: input, into: output, deferred: deferred, reading: backend.arrayAccess))
+        try backend.finish()
+    }
+}

@@ -1,2 +1,0 @@
-import CPUBackend
-public func c() -> Int32 { b() }

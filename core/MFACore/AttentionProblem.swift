@@ -1,0 +1,154 @@
+/// What the kernels compute with.
+public enum Arithmetic: Sendable {
+    case fp32
+    case fp64
+}
+
+/// What of a caller's memory validation may read.
+public enum ArrayAccess: Sendable {
+    /// All arrays: the call is about to run on a device whose memory the host reads.
+    case all
+    /// Options only (kv_lengths, query_offsets): nothing runs, as when the workspace of a call is asked for.
+    case options
+    /// Nothing: the call runs later, or the host cannot read the memory.
+    case none
+}
+
+/// Which of a problem's results must be there.
+public enum Purpose: Sendable {
+    /// Output is written.
+    case forward
+    /// Logsumexp is read.
+    case backward
+    /// Backward is only asked about.
+    case backwardInquiry
+}
+
+/// A validated attention problem. A backend can trust every field: sizes agree, no product overflows, every pointer is good wherever there are
+/// elements, no output overlaps anything. Strides of axes with one element are 0; windows are at most 2^62.
+public struct AttentionProblem {
+    public let batchSize: Int
+    public let numHeads: Int
+    public let numKVHeads: Int
+    public let seqLenQ: Int
+    public let seqLenKV: Int
+    public let headDim: Int
+    public let headDimV: Int
+    public let query: Tensor
+    public let key: Tensor
+    public let value: Tensor
+    /// Nil in backward only.
+    public let output: Tensor?
+    /// Never nil in backward, unless it has no element.
+    public let logsumexp: UnsafeMutableRawPointer?
+    /// The mask is broadcast by strides of 0.
+    public let options: AttentionOptions
+    public let softmaxScale: Float
+    /// FP64 if an operand is.
+    public let arithmetic: Arithmetic
+
+    /// Whether there is no query row, so that forward has nothing to write.
+    public var isEmpty: Bool { batchSize == 0 || seqLenQ == 0 }
+
+    /// The length of logsumexp and the like.
+    public var rowCount: Int { batchSize * numHeads * seqLenQ }
+
+    /// The bytes of one statistic.
+    public var statisticSize: Int { arithmetic == .fp64 ? 8 : 4 }
+
+    /// Validates a request for `purpose`, in the order of the statuses.
+    public init(_ request: AttentionRequest, for purpose: Purpose, reading access: ArrayAccess) throws(MFAError) {
+        try request.checkSizes()
+        try request.checkPointers(for: purpose)
+        try self.init(unwrapping: request)
+        try checkCodes(request.deferred)
+        try checkScalars(reading: access)
+        try checkArrays(reading: access)
+        try checkOverlap(nil, writesOutput: purpose == .forward)
+        try request.deferred.throwUnsupported()
+    }
+
+    /// Takes over the fields of a request whose sizes and pointers are known to be good.
+    init(unwrapping request: AttentionRequest) throws(MFAError) {
+        guard let query = request.query, let key = request.key, let value = request.value else {
+            throw .argument("`query`, `key` and `value` must not be NULL")
+        }
+        batchSize = query.shape[0]
+        numHeads = query.shape[1]
+        numKVHeads = key.shape[1]
+        seqLenQ = query.shape[2]
+        seqLenKV = key.shape[2]
+        headDim = query.shape[3]
+        headDimV = value.shape[3]
+        self.query = query.normalized()
+        self.key = key.normalized()
+        self.value = value.normalized()
+        output = request.output?.normalized()
+        logsumexp = request.logsumexp
+        arithmetic = request.hasDoubleStatistics ? .fp64 : .fp32
+        softmaxScale = request.options.softmaxScale ?? 1 / Float(query.shape[3]).squareRoot()
+        var options = request.options
+        options.mask = options.mask?.normalized()
+        options.windowLeft = min(options.windowLeft, AttentionProblem.widestWindow)
+        options.windowRight = min(options.windowRight, AttentionProblem.widestWindow)
+        self.options = options
+    }
+
+    /// As good as no limit, and far enough from overflow for kernels to add positions to it.
+    static let widestWindow: Int64 = 1 << 62
+}
+
+/// Validated gradients of a problem.
+public struct AttentionGradients {
+    public let gradOutput: Tensor
+    public let gradLogsumexp: UnsafeRawPointer?
+    public let dValues: UnsafeMutableRawPointer?
+    public let dValuesGiven: Bool
+    public let gradQuery: Tensor?
+    public let gradKey: Tensor?
+    public let gradValue: Tensor?
+    public let gradMask: Tensor?
+    public let gradSinks: UnsafeMutableRawPointer?
+    public let gradAlibiSlopes: UnsafeMutableRawPointer?
+
+    /// Takes over the fields of a request whose sizes and pointers are known to be good.
+    init(unwrapping request: GradientRequest) throws(MFAError) {
+        guard let gradOutput = request.gradOutput else { throw .argument("`grad_output` must not be NULL") }
+        self.gradOutput = gradOutput.normalized()
+        gradLogsumexp = request.gradLogsumexp
+        dValues = request.dValues
+        dValuesGiven = request.dValuesGiven
+        gradQuery = request.gradQuery?.normalized()
+        gradKey = request.gradKey?.normalized()
+        gradValue = request.gradValue?.normalized()
+        gradMask = request.gradMask?.normalized()
+        gradSinks = request.gradSinks
+        gradAlibiSlopes = request.gradAlibiSlopes
+    }
+
+    /// Whether a gradient of the mask, the sinks or the slopes is wanted.
+    public var wantsBias: Bool { gradMask != nil || gradSinks != nil || gradAlibiSlopes != nil }
+}
+
+/// A validated backward call.
+public struct BackwardProblem {
+    public let attention: AttentionProblem
+    public let gradients: AttentionGradients
+
+    /// Validates a request, in the order of the statuses.
+    public init(_ request: AttentionRequest, _ gradientRequest: GradientRequest, reading access: ArrayAccess) throws(MFAError) {
+        try request.checkSizes()
+        try gradientRequest.checkSizes(of: request)
+        try request.checkPointers(for: .backward)
+        try gradientRequest.checkPointers(of: request)
+        attention = try AttentionProblem(unwrapping: request)
+        gradients = try AttentionGradients(unwrapping: gradientRequest)
+        try attention.checkCodes(request.deferred)
+        try gradients.checkCodes(gradientRequest.deferred, of: attention)
+        try attention.checkScalars(reading: access)
+        try attention.checkArrays(reading: access)
+        try attention.checkOverlap(gradients, writesOutput: false)
+        try request.deferred.throwUnsupported()
+        try gradientRequest.deferred.throwUnsupported()
+    }
+}

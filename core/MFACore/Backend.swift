@@ -1,0 +1,56 @@
+/// What a device is and can do. Strings are static.
+public struct BackendInfo: Sendable {
+    public let name: StaticString
+    /// That the kernels in use were compiled for.
+    public let instructionSet: StaticString
+    public let numThreads: Int
+    public let operandPrecisions: Set<Precision>
+    /// Those of them that the device leaves to the CPU kernels.
+    public let fallbackPrecisions: Set<Precision>
+
+    public init(
+        name: StaticString, instructionSet: StaticString, numThreads: Int, operandPrecisions: Set<Precision>,
+        fallbackPrecisions: Set<Precision> = []
+    ) {
+        self.name = name
+        self.instructionSet = instructionSet
+        self.numThreads = numThreads
+        self.operandPrecisions = operandPrecisions
+        self.fallbackPrecisions = fallbackPrecisions
+    }
+}
+
+/// A device that computes validated problems for one context; used by one thread at a time.
+///
+/// Work may run on after a call has returned: what it wrote is there once `finish` has returned. So a device with queues and with memory of its
+/// own fits as well as one that computes at once. Before a call takes effect, in this order: a feature that is not served is refused, a
+/// non-finite value among the inputs of a fused call, then all workspace is taken. Only after that is an output byte written.
+public protocol Backend: AnyObject {
+    var device: Device { get }
+    var info: BackendInfo { get }
+    /// What validation may read of the operands' memory here.
+    var arrayAccess: ArrayAccess { get }
+    /// The bytes of workspace held now.
+    var heldWorkspace: Int { get }
+
+    /// Memory of this device, zeroed.
+    func makeBuffer(size: Int) throws(MFAError) -> Buffer
+    /// The caller's memory, which he keeps alive, made usable by this device.
+    func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer
+
+    func forward(_ problem: AttentionProblem) throws(MFAError)
+    func backward(_ problem: BackwardProblem) throws(MFAError)
+    func quantize(_ problem: QuantizationProblem) throws(MFAError)
+    func dequantize(_ problem: QuantizationProblem) throws(MFAError)
+    /// Waits until all results are written.
+    func finish() throws(MFAError)
+
+    /// The bytes of workspace that the call would hold.
+    func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int
+    func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int
+    /// The kernel that the problem would use for an operation: a static string.
+    func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar>
+
+    /// Forgets workspace that a thread which no longer exists, after fork(), may have been changing.
+    func abandonWorkspace()
+}
