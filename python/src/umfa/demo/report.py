@@ -9,10 +9,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from umfa.demo import require
+from umfa.demo import DemoUnavailableError, require
 from umfa.demo.run import Answer, DemoResult
 
-__all__ = ["answer_table", "caption", "heading", "measurement_table", "save_plot", "to_json"]
+__all__ = ["answer_table", "caption", "check_plot_path", "heading", "measurement_table", "save_plot", "to_json"]
 
 _BASELINE = "umfa fp32"
 _ENGINE_COLOURS = {"NumPy": "#9aa0a6", "PyTorch": "#e8833a", "umfa": "#2f6fb0"}
@@ -34,8 +34,8 @@ def heading(result: DemoResult) -> str:
     threads = "1 thread" if result.threads == 1 else f"{result.threads} threads"
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return (
-        f"all-MiniLM-L6-v2 ({result.layers} layers, {result.heads} heads of {result.head_dim}) reads {result.documents} help topics of Python, "
-        f"{result.tokens:,} tokens, on {threads} of each engine: {versions}"
+        f"all-MiniLM-L6-v2 ({result.layers} layers, {result.heads} heads of {result.head_dim}) reads {result.documents} help topics of "
+        f"Python, {result.tokens:,} tokens, on {threads} of each engine: {versions}"
     )
 
 
@@ -99,10 +99,10 @@ def _deviations(answer: Answer) -> str:
     parts = []
     for method, topics in answer.topics.items():
         if topics[0] != expected[0]:
-            parts.append(f"{method}: {topics[0]} first")
+            parts.append(f"{method}: {topics[0]}")
         elif topics != expected:
             parts.append(f"{method}: 2nd, 3rd")
-    return "\n".join(parts) or "none"
+    return "\n".join(parts) or "-"
 
 
 def answer_table(result: DemoResult) -> Table:
@@ -121,7 +121,7 @@ def answer_table(result: DemoResult) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("question", max_width=36)
     table.add_column("best three topics", max_width=24)
-    table.add_column("other answers")
+    table.add_column("answered otherwise by")
     for answer in result.answers:
         table.add_row(answer.question, ", ".join(answer.topics[_BASELINE]), _deviations(answer))
     return table
@@ -143,6 +143,27 @@ def to_json(result: DemoResult) -> dict[str, Any]:
     return asdict(result)
 
 
+def check_plot_path(path: Path) -> None:
+    """Find out, before anything is computed, whether a plot can be drawn there.
+
+    Parameters
+    ----------
+    path : Path
+        The file that is to be written.
+
+    Raises
+    ------
+    DemoUnavailableError
+        If matplotlib is not installed, does not know the ending, or the directory does not exist.
+    """
+    (figure,) = require("matplotlib.figure")
+    formats = figure.Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise DemoUnavailableError(f"The plot's ending must be one of {', '.join(sorted(formats))}: {path}")
+    if not path.absolute().parent.is_dir():
+        raise DemoUnavailableError(f"The plot's directory does not exist: {path.absolute().parent}")
+
+
 def save_plot(result: DemoResult, path: Path) -> None:
     """Draw time, memory and error of each method side by side.
 
@@ -151,7 +172,7 @@ def save_plot(result: DemoResult, path: Path) -> None:
     result : DemoResult
         A run.
     path : Path
-        The file to write; its ending chooses the format.
+        The file to write; its ending chooses the format. See `check_plot_path`.
 
     Raises
     ------
@@ -159,16 +180,13 @@ def save_plot(result: DemoResult, path: Path) -> None:
         If matplotlib is not installed.
     OSError
         If the file cannot be written.
-    ValueError
-        If matplotlib has no format for this ending.
     """
-    require("matplotlib")
-    from matplotlib.figure import Figure
+    (figure_module,) = require("matplotlib.figure")
 
     rows = result.measurements
     labels = [row.method for row in rows]
     colours = [_ENGINE_COLOURS[row.engine] for row in rows]
-    figure = Figure(figsize=(11, 0.45 * len(rows) + 1.9), layout="constrained")
+    figure = figure_module.Figure(figsize=(11, 0.45 * len(rows) + 1.9), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     panels = (
         ("Attention time, ms", [row.attention_seconds * 1e3 for row in rows], "{:,.0f}", False),

@@ -34,8 +34,8 @@ QUESTIONS = (
     "How long does Python keep an object in memory?",
 )
 
-ProgressFunction = Callable[[str, int, int], None]
-"""``(what is being done, texts done, texts in all)``."""
+ProgressFunction = Callable[[int, str, int], object]
+"""``(texts done, what is being done, texts in all)``."""
 
 _SAMPLE_SIZE = 8
 
@@ -151,7 +151,7 @@ class _Recorder:
 
     def __init__(self, attention: AttentionFunction) -> None:
         self._attention = attention
-        self._calls: list[tuple[tuple[np.ndarray, ...], np.ndarray]] = []
+        self._calls: list[tuple[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = []
 
     def __call__(self, query: np.ndarray, key: np.ndarray, value: np.ndarray, kv_lengths: np.ndarray) -> np.ndarray:
         reference = numpy_attention(query.astype(np.float64), key.astype(np.float64), value.astype(np.float64), kv_lengths)
@@ -210,7 +210,9 @@ def _sample(token_ids: Sequence[Sequence[int]]) -> list[Sequence[int]]:
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Compute the cosine between each row of `left` and the same row of `right`, in float64."""
     left, right = left.astype(np.float64), right.astype(np.float64)
-    return np.sum(left * right, axis=1) / np.sqrt(np.sum(left * left, axis=1) * np.sum(right * right, axis=1))
+    products = np.sum(left * right, axis=1)
+    cosines: np.ndarray = products / np.sqrt(np.sum(left * left, axis=1) * np.sum(right * right, axis=1))
+    return cosines
 
 
 def measure(
@@ -269,7 +271,7 @@ def measure(
                     nonlocal done
                     done += count
                     if progress is not None:
-                        progress(name, done, len(methods) * len(documents))
+                        progress(done, name, len(methods) * len(documents))
 
                 advance(0)
                 stopwatch = stopwatches[method.name] = _Stopwatch(method, repeats)

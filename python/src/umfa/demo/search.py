@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from umfa.demo.corpus import Document
-from umfa.demo.model import AttentionFunction, SentenceEncoder
+from umfa.demo.model import MAX_TOKENS, AttentionFunction, SentenceEncoder
 
 __all__ = ["Hit", "search"]
 
@@ -39,6 +39,7 @@ def search(
     question: str,
     *,
     count: int = 3,
+    max_tokens: int = MAX_TOKENS,
     advance: Callable[[int], None] | None = None,
 ) -> list[Hit]:
     """Find the topics that answer a question best.
@@ -55,6 +56,8 @@ def search(
         What is asked.
     count : int
         How many topics are wanted.
+    max_tokens : int
+        Texts are cut to this many word pieces.
     advance : callable, optional
         Called with the number of documents that were read since the last call.
 
@@ -64,10 +67,10 @@ def search(
         The best first.
     """
     (wanted,) = encoder.encode(encoder.tokenize([question]), attention)
-    scores = encoder.encode(encoder.tokenize([document.text for document in documents]), attention, advance) @ wanted
+    scores = encoder.encode(encoder.tokenize([document.text for document in documents], max_tokens), attention, advance) @ wanted
     hits = []
     for position in np.argsort(-scores, kind="stable")[:count]:
         passages = documents[position].passages()
-        closeness = encoder.encode(encoder.tokenize(passages), attention) @ wanted
+        closeness = encoder.encode(encoder.tokenize(passages, max_tokens), attention) @ wanted
         hits.append(Hit(documents[position], float(scores[position]), passages[int(closeness.argmax())]))
     return hits
