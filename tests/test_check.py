@@ -38,7 +38,8 @@ def test_the_published_bounds_are_measured(results: list[CheckResult]) -> None:
 
 def test_no_bound_is_vacuous(results: list[CheckResult]) -> None:
     for result in results:
-        if result.bound > 0:
+        # Kernels may round the weights of quantised operands to 8 bits, and need not; float64 is far more exact than it must be.
+        if result.bound > 0 and result.group != "quantised operands" and result.name != "float64":
             assert result.measured > result.bound / 500, f"{result.group}, {result.name}: {result.measured} is far below {result.bound}"
 
 

@@ -334,8 +334,8 @@ def _determinism_checks() -> Iterator[Check]:
         contiguous = umfa.attention(*(np.ascontiguousarray(view) for view in views), layout="bshd", context=context)
         return _differing(strided, contiguous)
 
-    yield Check("determinism", "1 and 3 threads", "elements that differ", 0.0, measure_threads)
-    yield Check("determinism", "strided and contiguous", "elements that differ", 0.0, measure_strides)
+    yield Check("determinism", "1 and 3 threads", "different elements", 0.0, measure_threads)
+    yield Check("determinism", "strided and contiguous", "different elements", 0.0, measure_strides)
 
 
 def _configuration(dtype: str, granularity: str | None) -> umfa.QuantizationConfig:

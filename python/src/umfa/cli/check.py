@@ -29,26 +29,25 @@ def render(results: Sequence[CheckResult]) -> Table:
         With a section for each group.
     """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("check", "", "quantity"):
-        table.add_column(title)
-    for title in ("measured", "bound"):
-        table.add_column(title, justify="right")
+    table.add_column("check")
+    table.add_column("quantity")
+    table.add_column("measured", justify="right")
+    table.add_column("bound", justify="right")
     table.add_column("")
     group = ""
     for result in results:
-        if group and result.group != group:
+        if result.group != group:
             table.add_section()
-        failed = not result.passed
+            table.add_row(result.group, style="bold")
+            group = result.group
         table.add_row(
-            "" if result.group == group else result.group,
-            result.name,
+            f"  {result.name}",
             result.quantity,
             "error" if math.isnan(result.measured) and result.message else _number(result.measured),
             _number(result.bound),
-            "FAILED" if failed else "ok",
-            style="red" if failed else None,
+            "ok" if result.passed else "FAILED",
+            style=None if result.passed else "red",
         )
-        group = result.group
     return table
 
 
