@@ -148,4 +148,23 @@ void cpu_quantize_write(const cpu_quantization* _Nonnull quantization, int64_t i
 
 void cpu_dequantize(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
 
+/* ---- Merging --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Two partial results over disjoint sets of keys and where their union's goes; see mfa_attention_merge() in mfa.h. An item is one (batch,
+ * head): batch_size * num_heads items. */
+typedef struct cpu_merge {
+    int64_t batch_size, num_heads, seq_len, head_dim;
+    cpu_tensor output_a, output_b;
+    cpu_tensor output;
+    const void* _Nullable logsumexp_a; /* statistics [batch, num_heads, seq_len], like the other two */
+    const void* _Nullable logsumexp_b;
+    void* _Nullable logsumexp;
+    bool double_statistics;
+} cpu_merge;
+
+/* Workspace that a thread needs. */
+size_t cpu_merge_workspace_bytes(const cpu_merge* _Nonnull merge);
+
+void cpu_merge_run(const cpu_merge* _Nonnull merge, int64_t item, void* _Nonnull workspace);
+
 #endif /* CPU_KERNELS_H */

@@ -13,6 +13,7 @@ typedef struct {
     real* sum;           /* sum of exp(score - highest) */
     real* rescale;       /* exp(old highest - new highest) */
     real_bits* attended; /* whether any column was attended */
+    real_bits* is_nan;   /* whether any score was NaN */
 } forward_workspace;
 
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
@@ -30,6 +31,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->sum = workspace_take_reals(&cursor, rows);
     workspace->rescale = workspace_take_reals(&cursor, rows);
     workspace->attended = workspace_take(&cursor, rows, sizeof(real_bits));
+    workspace->is_nan = workspace_take(&cursor, rows, sizeof(real_bits));
     return cursor.used;
 }
 
@@ -62,9 +64,13 @@ static void accumulate_softmax(forward_workspace* workspace) {
         vector old_highest = vector_load(workspace->highest + row);
         vector highest = old_highest;
         vector_mask attended = *(vector_mask*)(workspace->attended + row);
+        vector_mask is_nan = *(vector_mask*)(workspace->is_nan + row);
         for (int64_t column = 0; column < tile->columns; column++) {
-            highest = vector_max(highest, vector_load(tile->scores + column * tile->rows + row));
+            vector score = vector_load(tile->scores + column * tile->rows + row);
+            highest = vector_max(highest, score);
+            is_nan |= score != score;
         }
+        *(vector_mask*)(workspace->is_nan + row) = is_nan;
         /* Only -inf so far: any finite reference gives exp(-inf) = 0. */
         vector reference = vector_select(highest == -(real)INFINITY, vector_of(0), highest);
         vector sum = vector_of(0);
@@ -142,6 +148,10 @@ static real finish_row(const cpu_attention* attention, const forward_workspace* 
         *logsumexp = sink;
         return 0;
     }
+    if (highest == infinity) { /* inf - inf made the sum NaN, but the formula's logsumexp is infinite */
+        *logsumexp = workspace->is_nan[row] || sink != sink ? (real)NAN : infinity;
+        return (real)NAN;
+    }
     if (!has_sink) {
         *logsumexp = (real)((double)highest + log((double)sum));
         return highest == -infinity ? (real)NAN : 1 / sum;
@@ -185,6 +195,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
         workspace.highest[row] = -(real)INFINITY;
         workspace.sum[row] = 0;
         workspace.attended[row] = 0;
+        workspace.is_nan[row] = 0;
     }
     memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
 
