@@ -54,6 +54,7 @@ class Forward:
     attended: Array
     distances: Array  # i + off - j, [batch, 1, seq_len_q, seq_len_kv]
     weights: Array  # p, 0 where not attended
+    sink_weights: Array  # what the sink takes of each row, [batch, num_heads, seq_len_q]
     dropout: Array  # 0, 1 or 1 / (1 - dropout_p)
 
 
@@ -125,10 +126,12 @@ def forward(query: Array, key: Array, value: Array, options: Options) -> Forward
         reference = np.where(np.isfinite(highest), highest, 0.0)
         total = np.where(attended, np.exp(scores - reference[..., None]), 0.0).sum(axis=-1) + np.exp(sinks - reference)
         logsumexp = np.log(total) + reference
-        weights = np.where(attended, np.exp(scores - logsumexp[..., None]), 0.0)
+        # exp(s - logsumexp), but for scores so large that they swallow the logarithm of the sum.
+        weights = np.where(attended, np.exp(scores - reference[..., None]) / total[..., None], 0.0)
+        sink_weights = np.where(sinks == -np.inf, 0.0, np.exp(sinks - reference) / total)
         dropout = dropout_factors(shape, options)
         output = weighted_sum(dropout * weights, attended, value)
-    return Forward(output, logsumexp, products, scores, attended, distances, weights, dropout)
+    return Forward(output, logsumexp, products, scores, attended, distances, weights, sink_weights, dropout)
 
 
 def backward(
@@ -161,9 +164,9 @@ def backward(
         if options.mask is not None and np.asarray(options.mask).dtype != bool:
             gradients["mask"] = sum_to_shape(grad_scores, np.shape(options.mask))
         if options.sinks is not None:
-            sinks = np.asarray(options.sinks, np.float64)[:, None]
-            share = np.where(sinks == -np.inf, 0.0, np.exp(sinks - at.logsumexp))
-            gradients["sinks"] = (share * (grad_logsumexp - d_values)).sum(axis=(0, 2))
+            terms = at.sink_weights * (grad_logsumexp - d_values)
+            no_sink = np.asarray(options.sinks, np.float64)[:, None] == -np.inf
+            gradients["sinks"] = np.where(no_sink, 0.0, terms).sum(axis=(0, 2))
         if options.alibi_slopes is not None:
             terms = np.where(attended, grad_scores * np.abs(at.distances).astype(np.float64), 0.0)
             gradients["alibi_slopes"] = -terms.sum(axis=(0, 2, 3))
@@ -362,7 +365,7 @@ def pack_int4(codes: Array) -> Array:
 def unpack_int4(packed: Array, channels: int) -> Array:
     """The codes of `pack_int4`, as int64."""
     packed = np.asarray(packed, np.int64)
-    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)[..., :channels]
+    nibbles = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], 2 * packed.shape[-1])[..., :channels]
     return np.where(nibbles >= 8, nibbles - 16, nibbles)
 
 

@@ -1,0 +1,62 @@
+"""What all tests share: contexts, random numbers, hypothesis profiles, and a list of what was left out."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import defaultdict
+
+import hypothesis
+import numpy as np
+import pytest
+
+THREAD_COUNTS = (1, 2, 3, 7)
+
+# "repeatable" draws the same examples at each run; "explore" others, and more of them: HYPOTHESIS_PROFILE=explore ./justw test
+hypothesis.settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.register_profile("explore", hypothesis.settings.get_profile("repeatable"), derandomize=False, max_examples=1000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+@pytest.fixture(scope="session")
+def contexts():
+    """Open contexts by their number of threads."""
+    import umfa
+
+    made = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in THREAD_COUNTS}
+    yield made
+    for context in made.values():
+        context.close()
+
+
+@pytest.fixture
+def context():
+    """A context of the test's own."""
+    import umfa
+
+    with umfa.MFAContext() as made:
+        yield made
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_terminal_summary(terminalreporter):
+    left_out = defaultdict(int)
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        left_out[reason.removeprefix("Skipped: ")] += 1
+    if left_out:
+        terminalreporter.section("left out here")
+        for reason, count in sorted(left_out.items()):
+            terminalreporter.line(f"{count} tests: {reason}")
