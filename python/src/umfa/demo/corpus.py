@@ -15,7 +15,7 @@ _STATEMENT = re.compile(
     r"^ *(?:(?:async )?(?:class|def|for|with) .*|(?:if|elif|while|match|case) .*|try|except.*|else|finally):$", re.MULTILINE
 )
 _CODE_OPENERS = (">>> ", "... ", "+--", "| ", "> ", "-> ", "(Pdb)")
-_PASSAGE_WORDS = 90
+_PASSAGE_WORDS = 60
 
 
 @dataclass(frozen=True)
