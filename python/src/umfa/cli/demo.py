@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 import umfa
-from umfa.demo import DemoUnavailableError
+from umfa.demo import DemoUnavailableError, require
 from umfa.demo.corpus import load_documents
 from umfa.demo.methods import UmfaMethod
 from umfa.demo.model import MAX_TOKENS, SentenceEncoder
@@ -24,6 +24,7 @@ __all__ = ["answer", "compare"]
 ProgressBar = Callable[[Console, str, int], AbstractContextManager[Callable[[int, str, int], Any]]]
 """``(console, description, total)`` -> a context manager that gives ``advance(done, description, total)``."""
 
+_MODULES = ("safetensors.numpy", "threadpoolctl", "tokenizers")
 _QUICK_TOKENS = 64
 
 
@@ -62,7 +63,9 @@ def compare(
     DemoUnavailableError
         If something that the demo needs is not here, or a file cannot be written.
     """
-    check_plot_path(plot)  # what can go wrong at the end is found before the work
+    # What is missing is found, and all of it named, before the work; so is a plot that could not be written after it.
+    require("matplotlib.figure", *_MODULES)
+    check_plot_path(plot)
     encoder = SentenceEncoder.load(model)
     documents = load_documents()
     max_tokens = _QUICK_TOKENS if quick else MAX_TOKENS
@@ -110,6 +113,7 @@ def answer(
     DemoUnavailableError
         If something that the demo needs is not here.
     """
+    require(*_MODULES)
     encoder = SentenceEncoder.load(model)
     documents = load_documents()
     with (
