@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def show(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
     print(f"{name:<28}{(ours - theirs).abs().max().item():>20.2e}")
 
 

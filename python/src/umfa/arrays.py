@@ -195,7 +195,7 @@ class _NumPy:
         return allocate(function, shape, _NUMPY_DTYPES.get(precision) or _bfloat16(function))
 
     def from_numpy(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        return array
+        return array.view()  # a view cannot be resized
 
     def random_seed(self) -> int:
         return int.from_bytes(os.urandom(8), "little")

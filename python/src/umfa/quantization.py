@@ -260,30 +260,30 @@ class QuantizedTensor:
         return checked
 
     def _describe(self) -> None:
-        """Prepare the C structures. They point into arrays that cannot move, because the views lock them."""
+        """Prepare the C structures. They point into arrays that nobody can resize: users get views of them."""
         quantization = ffi.new("mfa_quantization_t *")
         quantization.struct_size = ffi.sizeof("mfa_quantization_t")
         quantization.granularity = _GRANULARITIES[self.granularity]
         quantization.block_size = self.block_size or 0
         quantization.group_size = self.group_size or 0
         quantization.rotated = self.rotated
-        locks = []
+        memory = []
         for name, kind, part in (
             ("scales", "float *", self._scales),
             ("zero_points", "int32_t *", self._zero_points),
             ("channel_means", "float *", self._channel_means),
         ):
             if part is not None:
-                memory = ffi.from_buffer(part)
-                locks.append(memory)
-                setattr(quantization, name, ffi.cast(kind, memory))
+                address = ffi.from_buffer(part)
+                memory.append(address)
+                setattr(quantization, name, ffi.cast(kind, address))
         view = view_of("umfa.QuantizedTensor", "data", self._data)
         strides = view.strides
         if self.dtype == "int4":
             # In codes: two a byte, except that the channels' own stride is that of the bytes.
             strides = (*(2 * stride for stride in strides[:-1]), strides[-1])
         self._view = ArrayView(
-            view.pointer, self.shape, strides, view.precision, view.writable, self._framework, (self._data, locks), quantization
+            view.pointer, self.shape, strides, view.precision, view.writable, self._framework, (self._data, memory), quantization
         )
 
     @property
