@@ -17,9 +17,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-import umfa
 from rich.console import Console
 from rich.table import Table
+
+import umfa
 
 SHAPES = [(12, 256, 32), (8, 1024, 64), (8, 2048, 128)]
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
@@ -119,7 +120,12 @@ def main(
             for name, seconds in medians.items():
                 ratio = f"{seconds / medians['torch fp32']:.2f}" if "torch fp32" in medians else "-"
                 table.add_row(
-                    f"{heads}, {tokens}, {head_dim}", name, f"{seconds * 1e3:.2f}", f"{operations / seconds / 1e9:.0f}", ratio, f"{errors[name]:.1e}"
+                    f"{heads}, {tokens}, {head_dim}",
+                    name,
+                    f"{seconds * 1e3:.2f}",
+                    f"{operations / seconds / 1e9:.0f}",
+                    ratio,
+                    f"{errors[name]:.1e}",
                 )
             table.add_section()
     console.print(table)

@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 import reference
 from tolerances import Bounds
 
@@ -99,7 +100,12 @@ class Operand:
 
 
 def float_operand(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: str = "float32", style: str = "contiguous", layout: str = "bhsd", size: float = 1.0
+    rng: np.random.Generator,
+    shape: tuple[int, ...],
+    dtype: str = "float32",
+    style: str = "contiguous",
+    layout: str = "bhsd",
+    size: float = 1.0,
 ) -> Operand:
     """Normal numbers."""
     values = to_layout((size * rng.normal(size=shape)).astype(DTYPES[dtype]), layout)
@@ -256,7 +262,11 @@ OPTIONS = {
     "alibi_offset": lambda rng, sizes, real: {"alibi_slopes": rng.normal(size=sizes.heads).astype(real), "query_offset": 3},
     "sinks": lambda rng, sizes, real: {"sinks": rng.normal(size=sizes.heads).astype(real)},
     "sinks_none_in_one_head": lambda rng, sizes, real: {"sinks": np.array([-np.inf] + [1.0] * (sizes.heads - 1), real)},
-    "dropout": lambda rng, sizes, real: {"dropout_p": 0.4, "seed": int(rng.integers(2**63)) * 2 + 1, "dropout_offset": int(rng.integers(2**32))},
+    "dropout": lambda rng, sizes, real: {
+        "dropout_p": 0.4,
+        "seed": int(rng.integers(2**63)) * 2 + 1,
+        "dropout_offset": int(rng.integers(2**32)),
+    },
     "dropout_all": lambda rng, sizes, real: {"dropout_p": 1.0, "seed": 5},
     "mask_bool": lambda rng, sizes, real: {"mask": rng.random(sizes.scores) < 0.6},
     "mask_bool_broadcast": lambda rng, sizes, real: {"mask": rng.random((sizes.batch, 1, 1, sizes.columns)) < 0.6},
@@ -264,7 +274,9 @@ OPTIONS = {
     "mask_additive_row": lambda rng, sizes, real: {"mask": additive_mask(rng, (sizes.rows, 1))},
     "mask_additive_float16": lambda rng, sizes, real: {"mask": additive_mask(rng, (sizes.heads, 1, sizes.columns)).astype(np.float16)},
     "mask_additive_bfloat16": lambda rng, sizes, real: {"mask": additive_mask(rng, (1, sizes.columns)).astype(ml_dtypes.bfloat16)},
-    "mask_additive_float64": lambda rng, sizes, real: {"mask": additive_mask(rng, (sizes.batch, 1, sizes.rows, sizes.columns)).astype(np.float64)},
+    "mask_additive_float64": lambda rng, sizes, real: {
+        "mask": additive_mask(rng, (sizes.batch, 1, sizes.rows, sizes.columns)).astype(np.float64)
+    },
     "all": lambda rng, sizes, real: {
         "causal": "lower_right",
         "window": (11, -1),

@@ -6,9 +6,10 @@ import itertools
 
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
+
 import umfa
 from cases import CODES, DTYPES, OPTIONS, STYLES, Sizes, place, problem, problem_with, to_layout
-from hypothesis import given, settings, strategies as st
 from test_forward import problems
 from test_reference import finite_differences
 from tolerances import assert_within
@@ -102,10 +103,10 @@ def test_attention_backward__strided_gradients_and_results__change_no_bit(style,
     out, lse = umfa.attention(*made.arguments, return_lse=True)
     grad_out = place(rng.normal(size=made.sizes.output).astype(np.float32), style, rng)
     grad_lse = place(rng.normal(size=made.sizes.statistics).astype(np.float32), style, rng)
-    strided = umfa.attention_backward(grad_out, *made.arguments, place(out, "permuted", rng), place(lse, "permuted", rng), grad_lse=grad_lse)
-    plain = umfa.attention_backward(
-        np.ascontiguousarray(grad_out), *made.arguments, out, lse, grad_lse=np.ascontiguousarray(grad_lse)
+    strided = umfa.attention_backward(
+        grad_out, *made.arguments, place(out, "permuted", rng), place(lse, "permuted", rng), grad_lse=grad_lse
     )
+    plain = umfa.attention_backward(np.ascontiguousarray(grad_out), *made.arguments, out, lse, grad_lse=np.ascontiguousarray(grad_lse))
     for one, other in zip(strided, plain):
         assert one.tobytes() == other.tobytes()
 
@@ -115,7 +116,9 @@ def test_attention_backward__grouped_heads__sum_over_the_group(kv_heads):
     check(problem(np.random.default_rng(6), Sizes(heads=6, kv_heads=kv_heads)))
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (37,), (19, 1), (19, 37), (4, 1, 1), (1, 19, 37), (2, 1, 1, 37), (1, 4, 19, 1), (2, 4, 19, 37)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (37,), (19, 1), (19, 37), (4, 1, 1), (1, 19, 37), (2, 1, 1, 37), (1, 4, 19, 1), (2, 4, 19, 37)]
+)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_attention_backward__masks_that_broadcast__sum_over_their_axes(shape, dtype, rng):
     got = check(problem(rng, mask=np.asarray(rng.normal(size=shape)).astype(dtype)))

@@ -7,9 +7,10 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings, strategies as st
+
 import umfa
 from cases import CODES, DTYPES, OPTIONS, STYLES, Sizes, problem, problem_with, to_layout
-from hypothesis import given, settings, strategies as st
 from tolerances import SMALLEST, UNIT, assert_within
 
 
@@ -98,7 +99,9 @@ def test_attention__boolean_mask_of_other_bytes__nonzero_attends(byte, rng):
     check(expected)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (37,), (19, 1), (19, 37), (4, 1, 1), (1, 19, 37), (2, 1, 1, 37), (1, 4, 19, 1), (2, 4, 19, 37)])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (37,), (19, 1), (19, 37), (4, 1, 1), (1, 19, 37), (2, 1, 1, 37), (1, 4, 19, 1), (2, 4, 19, 37)]
+)
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 def test_attention__masks_that_broadcast__equal_the_reference(shape, kind, rng):
     if shape == ():
@@ -153,7 +156,9 @@ def test_attention__grouped_heads__share_keys_of_consecutive_heads(kv_heads):
     check(problem(np.random.default_rng(6), Sizes(heads=6, kv_heads=kv_heads)))
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda values: np.array(values, np.int32), lambda values: np.array(values, np.uint8)])
+@pytest.mark.parametrize(
+    "kind", [list, tuple, np.array, lambda values: np.array(values, np.int32), lambda values: np.array(values, np.uint8)]
+)
 def test_attention__lengths_and_offsets_of_any_kind__are_read(kind, rng):
     made = problem(rng, causal=True, kv_lengths=[30, 0], query_offset=[7, 2])
     expected, _ = check(made)

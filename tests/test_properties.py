@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies as st
+
 import umfa
 from cases import CODES, DTYPES, OPTIONS, STYLES, Operand, Sizes, place, problem, problem_with, to_layout
 from conftest import THREAD_COUNTS
-from hypothesis import given, strategies as st
 from test_backward import check as check_backward, names_of, random_gradients, run_backward
 from test_forward import check, problems
 from tolerances import assert_within
@@ -63,11 +64,14 @@ def part(made, index):
     """The sequence `index` of a problem's batch as a problem of its own."""
     keywords = {
         name: value[index : index + 1]
-        if name in ("kv_lengths", "query_offset") and np.ndim(value) or name == "mask" and np.ndim(value) == 4 and np.shape(value)[0] > 1
+        if (name in ("kv_lengths", "query_offset") and np.ndim(value))
+        or (name == "mask" and np.ndim(value) == 4 and np.shape(value)[0] > 1)
         else value
         for name, value in made.keywords.items()
     }
-    operands = [Operand(operand.argument[index : index + 1], operand.real[index : index + 1]) for operand in (made.query, made.key, made.value)]
+    operands = [
+        Operand(operand.argument[index : index + 1], operand.real[index : index + 1]) for operand in (made.query, made.key, made.value)
+    ]
     return type(made)(Sizes(**{**vars(made.sizes), "batch": 1}), *operands, keywords, made.query_dtype, made.arithmetic)
 
 
@@ -93,7 +97,9 @@ def test_attention__quantised_on_the_fly_alone_or_in_a_batch__gives_the_same_bit
         assert bits(*part(made, index).run()) == bits(output[index], logsumexp[index])
 
 
-@pytest.mark.parametrize("option", ["plain", "causal", "causal_lower_right", "softcap", "alibi", "sinks", "window", "mask_bool", "dropout", "all"])
+@pytest.mark.parametrize(
+    "option", ["plain", "causal", "causal_lower_right", "softcap", "alibi", "sinks", "window", "mask_bool", "dropout", "all"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "float64", "int8", "int4"])
 def test_attention__padded_with_poison__gives_the_bits_of_the_unpadded(option, dtype):
     """Keys and values past kv_lengths: NaN for floats, any codes for codes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 import reference
 import umfa
 from cases import DTYPES, Problem, Sizes, problem

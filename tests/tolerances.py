@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
+
 import reference
 
 UNIT = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8, "float64": 2.0**-53}
@@ -135,7 +136,9 @@ def assert_within(got, expected, bound, what: str = "result") -> None:
         held = expected.astype(got.dtype)
     got, finite = got.astype(np.float64), np.isfinite(held.astype(np.float64))
     mismatch = finite != np.isfinite(got)
-    assert not mismatch.any(), f"{what}: finite differs at {np.argwhere(mismatch)[:5].tolist()}: {got[mismatch][:5]} for {expected[mismatch][:5]}"
+    assert not mismatch.any(), (
+        f"{what}: finite differs at {np.argwhere(mismatch)[:5].tolist()}: {got[mismatch][:5]} for {expected[mismatch][:5]}"
+    )
     assert np.isfinite(np.broadcast_to(bound, got.shape)[finite]).all(), f"{what}: the bound says nothing"
     difference = np.where(finite, np.abs(np.where(finite, got, 0) - np.where(finite, expected, 0)), 0)
     excess = difference > bound

@@ -264,32 +264,32 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
 
 /* The bodies of functions that move a row between numbers and a tensor's elements of type ELEMENT. Neighbouring elements have a loop of
  * their own, for the vectoriser. */
-#define LOAD_ROW(ELEMENT, CONVERT)                                               \
-    do {                                                                         \
-        const ELEMENT* elements = (const ELEMENT*)tensor->data + offset;         \
-        if (stride == 1) {                                                       \
-            for (int64_t d = 0; d < channels; ++d) {                             \
-                out[d] = CONVERT(elements[d]);                                   \
-            }                                                                    \
-        } else {                                                                 \
-            for (int64_t d = 0; d < channels; ++d) {                             \
-                out[d] = CONVERT(elements[d * stride]);                          \
-            }                                                                    \
-        }                                                                        \
+#define LOAD_ROW(ELEMENT, CONVERT)                                       \
+    do {                                                                 \
+        const ELEMENT* elements = (const ELEMENT*)tensor->data + offset; \
+        if (stride == 1) {                                               \
+            for (int64_t d = 0; d < channels; ++d) {                     \
+                out[d] = CONVERT(elements[d]);                           \
+            }                                                            \
+        } else {                                                         \
+            for (int64_t d = 0; d < channels; ++d) {                     \
+                out[d] = CONVERT(elements[d * stride]);                  \
+            }                                                            \
+        }                                                                \
     } while (0)
 
-#define STORE_ROW(ELEMENT, CONVERT)                                              \
-    do {                                                                         \
-        ELEMENT* elements = (ELEMENT*)tensor->data + offset;                     \
-        if (stride == 1) {                                                       \
-            for (int64_t d = 0; d < channels; ++d) {                             \
-                elements[d] = CONVERT(row[d]);                                   \
-            }                                                                    \
-        } else {                                                                 \
-            for (int64_t d = 0; d < channels; ++d) {                             \
-                elements[d * stride] = CONVERT(row[d]);                          \
-            }                                                                    \
-        }                                                                        \
+#define STORE_ROW(ELEMENT, CONVERT)                          \
+    do {                                                     \
+        ELEMENT* elements = (ELEMENT*)tensor->data + offset; \
+        if (stride == 1) {                                   \
+            for (int64_t d = 0; d < channels; ++d) {         \
+                elements[d] = CONVERT(row[d]);               \
+            }                                                \
+        } else {                                             \
+            for (int64_t d = 0; d < channels; ++d) {         \
+                elements[d * stride] = CONVERT(row[d]);      \
+            }                                                \
+        }                                                    \
     } while (0)
 
 /* Row (b, h, s) of a tensor of any numeric precision, dequantised where it is quantised; FP64 is rounded to FP32. channels is at most
@@ -298,24 +298,13 @@ static inline void load_row_float(const cpu_tensor* tensor, int64_t b, int64_t h
     const int64_t offset = row_offset(tensor, b, h, s);
     const int64_t stride = tensor->strides[3];
     switch (tensor->precision) {
-    case CPU_FP32:
-        LOAD_ROW(float_in_memory, (float));
-        break;
-    case CPU_FP16:
-        LOAD_ROW(half_in_memory, float_from_half);
-        break;
-    case CPU_BF16:
-        LOAD_ROW(half_in_memory, float_from_bfloat);
-        break;
-    case CPU_FP64:
-        LOAD_ROW(double_in_memory, (float));
-        break;
+    case CPU_FP32: LOAD_ROW(float_in_memory, (float)); break;
+    case CPU_FP16: LOAD_ROW(half_in_memory, float_from_half); break;
+    case CPU_BF16: LOAD_ROW(half_in_memory, float_from_bfloat); break;
+    case CPU_FP64: LOAD_ROW(double_in_memory, (float)); break;
     case CPU_INT4:
-    case CPU_INT8:
-        load_quantized_row(tensor, b, h, s, channels, out);
-        break;
-    case CPU_BOOL: /* masks are not read by rows of numbers */
-        break;
+    case CPU_INT8: load_quantized_row(tensor, b, h, s, channels, out); break;
+    case CPU_BOOL: /* masks are not read by rows of numbers */ break;
     }
 }
 
@@ -324,18 +313,10 @@ static inline void load_row_double(const cpu_tensor* tensor, int64_t b, int64_t 
     const int64_t offset = row_offset(tensor, b, h, s);
     const int64_t stride = tensor->strides[3];
     switch (tensor->precision) {
-    case CPU_FP32:
-        LOAD_ROW(float_in_memory, (double));
-        break;
-    case CPU_FP16:
-        LOAD_ROW(half_in_memory, float_from_half);
-        break;
-    case CPU_BF16:
-        LOAD_ROW(half_in_memory, float_from_bfloat);
-        break;
-    case CPU_FP64:
-        LOAD_ROW(double_in_memory, (double));
-        break;
+    case CPU_FP32: LOAD_ROW(float_in_memory, (double)); break;
+    case CPU_FP16: LOAD_ROW(half_in_memory, float_from_half); break;
+    case CPU_BF16: LOAD_ROW(half_in_memory, float_from_bfloat); break;
+    case CPU_FP64: LOAD_ROW(double_in_memory, (double)); break;
     case CPU_INT4:
     case CPU_INT8: {
         float row[CPU_MAX_HEAD_DIM];
@@ -345,8 +326,7 @@ static inline void load_row_double(const cpu_tensor* tensor, int64_t b, int64_t 
         }
         break;
     }
-    case CPU_BOOL:
-        break;
+    case CPU_BOOL: break;
     }
 }
 
@@ -355,22 +335,13 @@ static inline void store_row_float(const cpu_tensor* tensor, int64_t b, int64_t 
     const int64_t offset = row_offset(tensor, b, h, s);
     const int64_t stride = tensor->strides[3];
     switch (tensor->precision) {
-    case CPU_FP32:
-        STORE_ROW(float_in_memory, (float));
-        break;
-    case CPU_FP16:
-        STORE_ROW(half_in_memory, half_from_float);
-        break;
-    case CPU_BF16:
-        STORE_ROW(half_in_memory, bfloat_from_float);
-        break;
-    case CPU_FP64:
-        STORE_ROW(double_in_memory, (double));
-        break;
+    case CPU_FP32: STORE_ROW(float_in_memory, (float)); break;
+    case CPU_FP16: STORE_ROW(half_in_memory, half_from_float); break;
+    case CPU_BF16: STORE_ROW(half_in_memory, bfloat_from_float); break;
+    case CPU_FP64: STORE_ROW(double_in_memory, (double)); break;
     case CPU_INT4: /* results are never of these types */
     case CPU_INT8:
-    case CPU_BOOL:
-        break;
+    case CPU_BOOL: break;
     }
 }
 
@@ -379,22 +350,13 @@ static inline void store_row_double(const cpu_tensor* tensor, int64_t b, int64_t
     const int64_t offset = row_offset(tensor, b, h, s);
     const int64_t stride = tensor->strides[3];
     switch (tensor->precision) {
-    case CPU_FP32:
-        STORE_ROW(float_in_memory, (float));
-        break;
-    case CPU_FP16:
-        STORE_ROW(half_in_memory, half_from_double);
-        break;
-    case CPU_BF16:
-        STORE_ROW(half_in_memory, bfloat_from_double);
-        break;
-    case CPU_FP64:
-        STORE_ROW(double_in_memory, (double));
-        break;
+    case CPU_FP32: STORE_ROW(float_in_memory, (float)); break;
+    case CPU_FP16: STORE_ROW(half_in_memory, half_from_double); break;
+    case CPU_BF16: STORE_ROW(half_in_memory, bfloat_from_double); break;
+    case CPU_FP64: STORE_ROW(double_in_memory, (double)); break;
     case CPU_INT4:
     case CPU_INT8:
-    case CPU_BOOL:
-        break;
+    case CPU_BOOL: break;
     }
 }
 

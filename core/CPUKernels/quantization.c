@@ -17,14 +17,14 @@
 
 /* Arrays of head_dim elements each. */
 typedef struct row_workspace {
-    double* sums;        /* of each channel over the tokens */
-    float* row;          /* the row in hand, rotated and smoothed as the scheme asks */
-    float* means;        /* of each channel, while they are not yet in the output */
-    float* scales;       /* of each channel of a band */
-    float* zero_points;  /* likewise; small integers, as FP32 numbers */
-    uint32_t* highest;   /* extremes of each channel of a band, as bits */
+    double* sums;       /* of each channel over the tokens */
+    float* row;         /* the row in hand, rotated and smoothed as the scheme asks */
+    float* means;       /* of each channel, while they are not yet in the output */
+    float* scales;      /* of each channel of a band */
+    float* zero_points; /* likewise; small integers, as FP32 numbers */
+    uint32_t* highest;  /* extremes of each channel of a band, as bits */
     uint32_t* lowest;
-    int8_t* codes;       /* of the row in hand */
+    int8_t* codes; /* of the row in hand */
 } row_workspace;
 
 enum { WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + 6 * sizeof(float) + sizeof(int8_t) };
@@ -51,9 +51,9 @@ static row_workspace divide_workspace(void* workspace, int64_t head_dim) {
 typedef struct quantization_item {
     const cpu_quantization* quantization;
     int64_t b, h;
-    int64_t tokens;      /* that take part */
+    int64_t tokens; /* that take part */
     int64_t channels;
-    const float* means;  /* of each channel, to subtract; NULL without smoothing */
+    const float* means; /* of each channel, to subtract; NULL without smoothing */
     row_workspace work;
 } quantization_item;
 
@@ -112,7 +112,7 @@ typedef struct value_range {
 
 /* Extremes are gathered as bits: as signed integers those of positive numbers order like the numbers, as unsigned integers those of
  * negative numbers order like their magnitudes and above all others. Integer maxima vectorise, and a NaN or Inf comes out as an extreme. */
-static const uint32_t HIGHEST_OF_NONE = 0;          /* 0.0f */
+static const uint32_t HIGHEST_OF_NONE = 0;         /* 0.0f */
 static const uint32_t LOWEST_OF_NONE = 0x80000000; /* -0.0f */
 
 static void clear_extremes(const quantization_item* item) {
