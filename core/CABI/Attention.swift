@@ -84,7 +84,8 @@ public func mfa_attention_kernel_name(
         if name == nil { request.deferred.notePointer("`name` must not be NULL") }
         let known = Operation(rawValue: operation)
         if known == nil { request.deferred.noteCode("`operation` must be one of MFA_OPERATION_* (got \(operation))") }
-        name?.pointee = try session.kernelName(request, known ?? .forward)
+        let chosen = try session.kernelName(request, known ?? .forward)
+        name?.pointee = chosen
     }
 }
 

@@ -118,6 +118,10 @@ public final class CPUBackend: Backend {
     // MARK: Quantisation
 
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
+        if !problem.input.hasElements {
+            problem.output.writeNeutralScales()
+            return
+        }
         let (pass, team) = try prepare(problem, "input")
         try pass.scan(team)
         pass.write(team)
@@ -162,6 +166,17 @@ extension AttentionGradients {
 }
 
 extension Tensor {
+    /// Writes scales of 1, zero points and means of 0: those of values that do not exist.
+    fileprivate func writeNeutralScales() {
+        guard let quantization,
+            let layout = ScaleLayout(
+                quantization.granularity, shape: shape, blockSize: quantization.blockSize, groupSize: quantization.groupSize)
+        else { return }
+        quantization.scales?.update(repeating: 1, count: layout.count)
+        quantization.zeroPoints?.update(repeating: 0, count: layout.count)
+        quantization.channelMeans?.update(repeating: 0, count: shape[0] * shape[1] * shape[3])
+    }
+
     /// Writes 0 to every element, of a float type.
     fileprivate func writeZeros() {
         guard hasElements, let address else { return }

@@ -147,7 +147,7 @@ package struct Session {
     }
 
     package func quantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {
-        try backend.quantize(try QuantizationProblem(quantizing: input, into: output, deferred: deferred, reading: backend.arrayAccess))
+        try backend.quantize(try QuantizationProblem(quantizing: input, into: output, deferred: deferred))
         try backend.finish()
     }
 

@@ -8,13 +8,17 @@ public struct QuantizationProblem {
 
     /// Validates quantising `input` by the scheme that the output's quantisation describes.
     public init(
-        quantizing input: Tensor?, into output: Tensor?, deferred: DeferredFailures = DeferredFailures(), reading access: ArrayAccess
+        quantizing input: Tensor?, into output: Tensor?, deferred: DeferredFailures = DeferredFailures()
     ) throws(MFAError) {
         (self.input, self.output) = try QuantizationProblem.checkSizesAndPointers(input, output, deferred)
         try deferred.throwCodes()
         try self.input.checkFloat("input")
         try self.output.checkCodes("output")
-        guard self.output.quantization != nil else { throw .argument("`output`: `quantization` must not be NULL: it says how to quantise") }
+        guard let quantization = self.output.quantization else {
+            throw .argument("`output`: `quantization` must not be NULL: it says how to quantise")
+        }
+        // Even a tensor without elements can have scales, which are written.
+        if quantization.scales == nil { throw .argument("`output`: `scales` must not be NULL") }
         var check = OverlapCheck()
         check.reads("input", self.input)
         check.writesQuantized("output", self.output)

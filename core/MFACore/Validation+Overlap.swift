@@ -21,7 +21,8 @@ struct OverlapCheck {
     /// A tensor with the arrays that its codes need.
     mutating func reads(_ name: StaticString, _ tensor: Tensor?) {
         reads(MemoryRegion(name, tensor))
-        if let tensor { for region in OverlapCheck.arrays(name, tensor) { reads(region) } }
+        // Those of a tensor without elements are not touched.
+        if let tensor, tensor.hasElements { for region in OverlapCheck.arrays(name, tensor) { reads(region) } }
     }
 
     /// A tensor whose codes, scales, zero points and means are written.
@@ -31,7 +32,7 @@ struct OverlapCheck {
     }
 
     private static func arrays(_ name: StaticString, _ tensor: Tensor) -> [MemoryRegion] {
-        guard tensor.hasElements, let quantization = tensor.effectiveQuantization,
+        guard let quantization = tensor.effectiveQuantization,
             let layout = ScaleLayout(
                 quantization.granularity, shape: tensor.shape, blockSize: quantization.blockSize, groupSize: quantization.groupSize)
         else { return [] }
