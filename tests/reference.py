@@ -1,10 +1,10 @@
 """Attention, its gradients and quantisation in plain NumPy: the formulas of docs/numerics.md, written down once more and independently.
 
-Attention works in float64 on arrays ``[batch, heads, tokens, channels]``, and materialises every matrix that it speaks of: it is meant to be
-read, not to be fast. Quantisation works in float32, one rounding an operation, because it is defined bit by bit.
+Attention works in float64 on arrays ``[batch, heads, tokens, channels]``, and materialises every matrix that it speaks of: it is meant to
+be read, not to be fast. Quantisation works in float32, one rounding an operation, because it is defined bit by bit.
 
-Only what is attended takes part in a sum. Whatever is excluded is left out rather than multiplied by 0, so that no NaN of a masked value comes
-through.
+Only what is attended takes part in a sum. Whatever is excluded is left out rather than multiplied by 0, so that no NaN of a masked value
+comes through.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ INT_RANGE = {"int8": 127, "int4": 7}
 INT_LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
 
 
-# ---- Attention ------------------------------------------------------------------------------------------------------------------------------
+# ---- Attention ---------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def sum_to_shape(matrix: Array, shape: tuple[int, ...]) -> Array:
     return matrix.sum(axis=axes, keepdims=True).reshape(shape)
 
 
-# ---- Dropout --------------------------------------------------------------------------------------------------------------------------------
+# ---- Dropout -----------------------------------------------------------------------------------------------------------------------------
 
 
 def philox(counter: Sequence[Array], key: tuple[int, int]) -> list[Array]:
@@ -217,7 +217,7 @@ def dropout_factors(shape: tuple[int, int, int, int], options: Options) -> Array
     return np.where(kept, 1 / (1 - options.dropout_p) if options.dropout_p < 1 else 0.0, 0.0)
 
 
-# ---- Quantisation ---------------------------------------------------------------------------------------------------------------------------
+# ---- Quantisation ------------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def unpack_int4(packed: Array, channels: int) -> Array:
     return np.where(nibbles >= 8, nibbles - 16, nibbles)
 
 
-# ---- What a test compares with --------------------------------------------------------------------------------------------------------------
+# ---- What a test compares with -----------------------------------------------------------------------------------------------------------
 
 
 def codes_of(quantized: Any, channels: int) -> Array:

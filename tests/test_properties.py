@@ -25,7 +25,7 @@ def everything(made, context=None):
     return bits(*forward), bits(*run_backward(made, grad_out, grad_lse, names_of(made), context=context).values())
 
 
-# ---- Determinism --------------------------------------------------------------------------------------------------------------------------
+# ---- Determinism -------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -57,7 +57,7 @@ def test_attention__anything_on_three_threads__gives_the_bits_of_one(contexts, m
     assert everything(made, contexts[3]) == everything(made, contexts[1])
 
 
-# ---- What must not change a bit -------------------------------------------------------------------------------------------------------------
+# ---- What must not change a bit ----------------------------------------------------------------------------------------------------------
 
 
 def part(made, index):
@@ -283,7 +283,7 @@ def test_attention__queries_times_a_power_of_two__equals_the_scale_times_it(powe
     assert bits(*scaled) == bits(*made.run())
 
 
-# ---- What changes a result in a known way ----------------------------------------------------------------------------------------------------
+# ---- What changes a result in a known way ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("option", ["plain", "sinks", "softcap", "mask_additive", "mask_bool"])
@@ -368,7 +368,7 @@ def test_attention__two_ways_to_say_the_same__give_the_same_result(one, other):
     check(second)
 
 
-# ---- Dropout ------------------------------------------------------------------------------------------------------------------------------
+# ---- Dropout -----------------------------------------------------------------------------------------------------------------------------
 
 
 def test_attention__dropout_with_the_same_seed__gives_the_same_bits(rng):

@@ -146,6 +146,6 @@ def assert_within(got, expected, bound, what: str = "result") -> None:
         worst = np.unravel_index(np.argmax(np.where(excess, difference / np.broadcast_to(bound, difference.shape), 0)), difference.shape)
         limit = np.broadcast_to(bound, difference.shape)[worst]
         raise AssertionError(
-            f"{what}: {excess.sum()} of {excess.size} elements are off, worst at {tuple(map(int, worst))}: {got[worst]!r} for {expected[worst]!r}, "
-            f"off by {difference[worst]:.3g} where {limit:.3g} is allowed"
+            f"{what}: {excess.sum()} of {excess.size} elements are off, worst at {tuple(map(int, worst))}: "
+            f"{got[worst]!r} for {expected[worst]!r}, off by {difference[worst]:.3g} where {limit:.3g} is allowed"
         )
