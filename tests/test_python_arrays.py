@@ -186,7 +186,7 @@ def test_other_dtypes__are_refused(dtype):
 def test_what_is_not_an_array__is_refused(thing):
     array = np.zeros((1, 1, 2, 4), np.float32)
     for operands in ((thing, array, array), (array, thing, array), (array, array, thing)):
-        with pytest.raises(umfa.MFAError, match="umfa.attention: [qkv]: expected"):
+        with pytest.raises(umfa.MFAError, match=r"umfa\.attention: [qkv]: expected"):
             umfa.attention(*operands)
 
 

@@ -122,13 +122,13 @@ def test_from_array__not_contiguous__is_refused():
 
 @pytest.mark.parametrize("size", [-1, 2**63, 2**64, 10**300])
 def test_size__illegal(size):
-    with pytest.raises(umfa.InvalidDimensionsError, match="umfa.MFABuffer: size"):
+    with pytest.raises(umfa.InvalidDimensionsError, match=r"umfa.MFABuffer: size"):
         umfa.MFABuffer(size)
 
 
 @pytest.mark.parametrize("size", [None, 1.5, "8", True, [8]])
 def test_size__not_a_number(size):
-    with pytest.raises(umfa.InvalidTypeError, match="umfa.MFABuffer: size"):
+    with pytest.raises(umfa.InvalidTypeError, match=r"umfa.MFABuffer: size"):
         umfa.MFABuffer(size)
 
 
@@ -162,7 +162,7 @@ def test_size__zero():
     ],
 )
 def test_array__illegal(arguments, error):
-    with pytest.raises(error, match="umfa.MFABuffer.array"):
+    with pytest.raises(error, match=r"umfa.MFABuffer.array"):
         umfa.MFABuffer(16).array(*arguments)
 
 

@@ -99,19 +99,19 @@ def test_num_threads__default_follows_the_environment():
 
 @pytest.mark.parametrize("count", [0, -1, 257, 2**32, 2**64, 10**400])
 def test_num_threads__illegal(count):
-    with pytest.raises(umfa.InvalidArgumentError, match="umfa.MFAContext: num_threads: expected 1 ... 256"):
+    with pytest.raises(umfa.InvalidArgumentError, match=r"umfa.MFAContext: num_threads: expected 1 ... 256"):
         umfa.MFAContext(num_threads=count)
 
 
 @pytest.mark.parametrize("count", ["2", 2.0, True, [2], np.ones(2, int), float("nan")])
 def test_num_threads__not_a_number(count):
-    with pytest.raises(umfa.InvalidTypeError, match="umfa.MFAContext: num_threads"):
+    with pytest.raises(umfa.InvalidTypeError, match=r"umfa.MFAContext: num_threads"):
         umfa.MFAContext(num_threads=count)
 
 
 @pytest.mark.parametrize("device", ["", "CPU", "cuda", None, 1, b"cpu", ["cpu"]])
 def test_device__unknown(device):
-    with pytest.raises(umfa.InvalidArgumentError, match="umfa.MFAContext: device: expected one of 'auto', 'cpu', 'metal', 'softmetal'"):
+    with pytest.raises(umfa.InvalidArgumentError, match=r"umfa.MFAContext: device: expected one of 'auto', 'cpu', 'metal', 'softmetal'"):
         umfa.MFAContext(device)
 
 

@@ -7,9 +7,9 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from umfa.errors import InvalidArgumentError, InvalidTypeError
+from umfa.errors import InvalidArgumentError, InvalidTypeError, MFAError
 
-__all__ = ["choice", "describe", "flag", "integer", "real"]
+__all__ = ["attribute", "choice", "describe", "flag", "integer", "real"]
 
 _LONGEST = 80
 
@@ -24,11 +24,19 @@ def describe(value: object) -> str:
     return f"{words} ({name})" if 0 < len(words) <= _LONGEST and "\n" not in words else f"an object of type {name}"
 
 
+def attribute(value: object, name: str) -> Any:
+    """An attribute of the user's object; None if it has none, or fails to say."""
+    try:
+        return getattr(value, name, None)
+    except Exception:
+        return None
+
+
 def real(function: str, argument: str, value: Any) -> float:
     """A real number as a float. Python's, NumPy's and zero-dimensional arrays will do; not bool, str or complex."""
     if type(value) is float:
         return value
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()):
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or attribute(value, "shape") == ()):
         raise InvalidTypeError(f"{function}: {argument}: expected a real number, got {describe(value)}")
     try:
         return float(value)
@@ -38,8 +46,8 @@ def real(function: str, argument: str, value: Any) -> float:
         raise InvalidTypeError(f"{function}: {argument}: expected a real number, got {describe(value)}") from None
 
 
-def integer(function: str, argument: str, value: Any, low: int, high: int) -> int:
-    """A whole number from `low` to `high`."""
+def integer(function: str, argument: str, value: Any, low: int, high: int, error: type[MFAError] = InvalidArgumentError) -> int:
+    """A whole number from `low` to `high`; `error` for one outside."""
     if type(value) is not int:
         try:
             if isinstance(value, bool):
@@ -49,7 +57,7 @@ def integer(function: str, argument: str, value: Any, low: int, high: int) -> in
             raise InvalidTypeError(f"{function}: {argument}: expected a whole number, got {describe(value)}") from None
     if not low <= value <= high:
         got = str(value) if -(2**128) < value < 2**128 else f"a number of {value.bit_length()} bits"
-        raise InvalidArgumentError(f"{function}: {argument}: expected {low} ... {high}, got {got}")
+        raise error(f"{function}: {argument}: expected {low} ... {high}, got {got}")
     return int(value)
 
 
@@ -57,7 +65,7 @@ def flag(function: str, argument: str, value: Any) -> int:
     """A Python or NumPy bool as 0 or 1."""
     if value is False or value is True:
         return int(value)
-    if type(value).__name__ in ("bool", "bool_") and getattr(value, "shape", None) == ():
+    if type(value).__name__ in ("bool", "bool_") and attribute(value, "shape") == ():
         return int(bool(value))
     raise InvalidTypeError(f"{function}: {argument}: expected True or False, got {describe(value)}")
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from umfa._layouts import LAYOUTS, axes_in, four_dimensional, statistics_shape
 from umfa._library import NULL, ffi, lib
-from umfa._scalars import choice, describe, flag, integer, real
+from umfa._scalars import attribute, choice, describe, flag, integer, real
 from umfa.arrays import BOOL, FLOATS, FP32, FP64, INT8, NUMPY, ArrayView, Framework, numpy_of, precision_name, refuse_gradient, view_of
 from umfa.context import MFAContext, context_for
 from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError, MFAError
@@ -138,8 +138,7 @@ def _prepare(
 ) -> _Problem:
     """Check the arguments that forward and backward share, and fill the workspace's structures."""
     mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize = options
-    if layout not in LAYOUTS:
-        choice(function, "layout", layout, LAYOUTS)
+    choice(function, "layout", layout, LAYOUTS)
     attention = workspace.attention
     ffi.memmove(attention, workspace.blank, _ATTENTION_SIZE)
 
@@ -178,7 +177,7 @@ def _prepare(
         _set_causal(function, attention, causal)
     if window is not None:
         attention.window_left, attention.window_right = _window(function, window)
-    if softcap != 0.0 or type(softcap) is not float:
+    if type(softcap) is not float or softcap != 0.0:
         attention.softcap = real(function, "softcap", softcap)
     if kv_lengths is not None:
         lengths = _integers(function, "kv_lengths", kv_lengths, (batch,), InvalidDimensionsError)
@@ -192,7 +191,7 @@ def _prepare(
             numbers = _reals(function, name, vector, heads, problem.statistics, backward)
             problem.vectors[name] = vector
             setattr(attention, name, _point(keepalive, "void *", numbers))
-    if dropout_p != 0.0 or type(dropout_p) is not float or seed is not None or dropout_offset != 0:
+    if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None or type(dropout_offset) is not int or dropout_offset != 0:
         _set_dropout(function, attention, query.framework, dropout_p, seed, dropout_offset, backward)
     if quantize is not None:
         schemes = QuantizationConfig._structures_of(function, quantize)
@@ -244,7 +243,7 @@ def _window(function: str, window: Any) -> tuple[int, int]:
         raise InvalidTypeError(f"{function}: window: expected (left, right), got {describe(window)}")
     try:
         sides = tuple(window)
-    except TypeError:
+    except Exception:
         raise InvalidTypeError(f"{function}: window: expected (left, right), got {describe(window)}") from None
     if len(sides) != 2:
         raise InvalidArgumentError(f"{function}: window: expected two numbers, (left, right), got {len(sides)}")
@@ -275,9 +274,9 @@ def _point(keepalive: list[Any], kind: str, array: Any) -> Any:
 
 def _small_array(function: str, argument: str, values: Any, expected: str) -> Any:
     """A NumPy array of a few numbers, however they come."""
-    if getattr(values, "requires_grad", False) is True:
+    if attribute(values, "requires_grad") is True:
         values = values.detach()
-    if type(values).__module__.startswith("torch") and str(getattr(values, "dtype", "")) == "torch.bfloat16":
+    if type(values).__module__.startswith("torch") and str(attribute(values, "dtype")) == "torch.bfloat16":
         values = values.float()  # NumPy has no bfloat16 of its own
     if isinstance(values, (str, bytes)):
         raise InvalidTypeError(f"{function}: {argument}: expected {expected}, got {describe(values)}")
@@ -290,8 +289,11 @@ def _small_array(function: str, argument: str, values: Any, expected: str) -> An
 def _integers(function: str, argument: str, values: Any, shape: tuple[int, ...], error: type[MFAError]) -> Any:
     """Whole numbers as contiguous int64; `error` for ones that do not fit."""
     expected = f"whole numbers of shape {shape}"
+    if isinstance(values, (list, tuple)):
+        # Not left to NumPy, which makes floats of large ones.
+        values = np.array([integer(function, argument, value, *_INT64, error) for value in values], np.int64)
     array = _small_array(function, argument, values, expected)
-    if array.dtype.kind not in "iu" and array.size:
+    if array.dtype.kind not in "iu":
         raise InvalidTypeError(f"{function}: {argument}: expected {expected}, got dtype {array.dtype}")
     if array.shape != shape:
         raise InvalidDimensionsError(f"{function}: {argument}: expected {expected}, got shape {array.shape}")
@@ -303,7 +305,7 @@ def _integers(function: str, argument: str, values: Any, shape: tuple[int, ...],
 def _query_offsets(function: str, query_offset: Any, batch: int) -> Any:
     if isinstance(query_offset, int):
         return np.array([integer(function, "query_offset", query_offset, *_INT64)], np.int64)
-    shape = () if getattr(query_offset, "shape", None) == () else (batch,)
+    shape = () if attribute(query_offset, "shape") == () else (batch,)
     return _integers(function, "query_offset", query_offset, shape, InvalidArgumentError).reshape(-1)
 
 
@@ -322,7 +324,7 @@ def _reals(function: str, argument: str, values: Any, heads: int, precision: int
 
 
 def _refuse_small_gradient(function: str, argument: str, values: Any) -> None:
-    if getattr(values, "requires_grad", False) is True:
+    if attribute(values, "requires_grad") is True:
         refuse_gradient(function, argument, view_of(function, argument, values))
 
 
@@ -684,7 +686,7 @@ def _gradient_names(function: str, gradients: Any) -> tuple[str, ...]:
         raise InvalidTypeError(f"{function}: gradients: expected a sequence of names, got {describe(gradients)}; write ({gradients!r},)")
     try:
         names = tuple(gradients)
-    except TypeError:
+    except Exception:
         raise InvalidTypeError(f"{function}: gradients: expected a sequence of names, got {describe(gradients)}") from None
     for name in names:
         choice(function, "gradients", name, _GRADIENTS)

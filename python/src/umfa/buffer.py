@@ -79,12 +79,7 @@ class MFABuffer:
     def __init__(self, size: int, context: MFAContext | None = None) -> None:
         function = "umfa.MFABuffer"
         self._memory = None
-        try:
-            size = integer(function, "size", size, 0, _LARGEST_SIZE)
-        except InvalidTypeError:
-            raise
-        except InvalidArgumentError as error:
-            raise InvalidDimensionsError(str(error)) from None
+        size = integer(function, "size", size, 0, _LARGEST_SIZE, InvalidDimensionsError)
         created = ffi.new("mfa_buffer_t **")
         context_for(function, context).call(function, lib.mfa_create_buffer, size, created)
         self._memory = _Memory(created[0], True, None)
@@ -171,11 +166,11 @@ class MFABuffer:
             raise InvalidTypeError(f"{function}: dtype: expected a dtype, got {describe(dtype)}") from None
         if item.hasobject:
             raise InvalidTypeError(f"{function}: dtype: expected plain numbers, got {item}")
-        sizes = (shape,) if isinstance(shape, int) else shape
         try:
-            checked = tuple(integer(function, "shape", size, 0, _LARGEST_SIZE) for size in sizes)
-        except TypeError:
+            sizes = (shape,) if isinstance(shape, int) else tuple(shape)
+        except Exception:
             raise InvalidTypeError(f"{function}: shape: expected whole numbers, got {describe(shape)}") from None
+        checked = tuple(integer(function, "shape", size, 0, _LARGEST_SIZE) for size in sizes)
         start = integer(function, "offset", offset, 0, _LARGEST_SIZE)
         count = item.itemsize
         for size in checked:

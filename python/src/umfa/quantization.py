@@ -9,7 +9,7 @@ import numpy as np
 
 from umfa._layouts import axes_in, four_dimensional
 from umfa._library import NULL, ffi, lib
-from umfa._scalars import choice, describe, flag, integer
+from umfa._scalars import attribute, choice, describe, flag, integer
 from umfa.arrays import FLOATS, FP32, INT4, INT8, NUMPY, ArrayView, allocate, framework_named, numpy_of, precision_name, view_of
 from umfa.context import default_context
 from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError
@@ -249,9 +249,10 @@ class QuantizedTensor:
                 raise InvalidArgumentError(f"{function}: shape: expected the tensor's shape for INT4 data, got None")
             return tuple(stored)
         try:
-            checked = tuple(integer(function, "shape", size, 0, _LARGEST_UINT32) for size in shape)
-        except TypeError:
+            sizes = tuple(shape)
+        except Exception:
             raise InvalidTypeError(f"{function}: shape: expected a tuple of whole numbers, got {describe(shape)}") from None
+        checked = tuple(integer(function, "shape", size, 0, _LARGEST_UINT32) for size in sizes)
         expected = checked if self.dtype == "int8" or not checked else (*checked[:-1], (checked[-1] + 1) // 2)
         if tuple(stored) != expected:
             raise InvalidDimensionsError(
@@ -369,7 +370,7 @@ def _rebuild(framework: str, parts: tuple[Any, ...], options: tuple[Any, ...]) -
 
 def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Scales, zero points or means as a contiguous NumPy array; on the given memory if that is contiguous."""
-    if hasattr(array, "detach"):
+    if attribute(array, "requires_grad") is True:
         array = array.detach()
     try:
         checked = np.asarray(array)

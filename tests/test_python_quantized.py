@@ -1,0 +1,173 @@
+"""QuantizedTensor as a Python object: parts, shapes, memory, copies. Its numbers are tested elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+
+import umfa
+
+X = np.random.default_rng(0).normal(size=(2, 3, 10, 9)).astype(np.float32)
+SCALE_SHAPES = {"tensor": (), "token": (2, 3, 10)}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("granularity", list(SCALE_SHAPES))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_parts(dtype, granularity, symmetric, layout, kind):
+    x = X if layout == "bhsd" else X.transpose(0, 2, 1, 3)
+    if kind == "torch":
+        x = pytest.importorskip("torch").from_numpy(x)
+    made = umfa.quantize(x, dtype, granularity, symmetric=symmetric, layout=layout)
+    assert made.shape == tuple(x.shape)
+    assert made.ndim == 4
+    assert tuple(made.data.shape) == (*x.shape[:-1], 9 if dtype == "int8" else 5)
+    assert str(made.data.dtype).removeprefix("torch.") == {"int8": "int8", "int4": "uint8"}[dtype]
+    assert tuple(made.scales.shape) == SCALE_SHAPES[granularity]
+    assert (made.zero_points is None) == symmetric
+    assert made.channel_means is None
+    assert (made.dtype, made.granularity, made.layout, made.rotated) == (dtype, granularity, layout, False)
+    scales = made.scales.size if kind == "numpy" else made.scales.numel()
+    assert made.nbytes == 60 * (9 if dtype == "int8" else 5) + scales * 4 * (1 if symmetric else 2)
+    real = made.dequantize()
+    assert type(real) is type(made.data) is type(x)
+    assert tuple(real.shape) == made.shape
+    assert abs(np.asarray(real) - np.asarray(x)).max() < (0.03 if dtype == "int8" else 0.6)
+    assert f"{dtype} [2, " in repr(made)
+    assert ("asymmetric" in repr(made)) != symmetric
+
+
+def test_parts__are_the_memory_that_attention_reads():
+    k = umfa.quantize(X)
+    before = umfa.attention(X, k, X)
+    k.scales[:] *= 2
+    after = umfa.attention(X, k, X)
+    assert not np.array_equal(before, after)
+    with pytest.raises(ValueError, match="resize"):
+        k.data.resize(100_000, refcheck=False)
+
+
+def test_made_of_parts__shares_them_and_is_equal():
+    made = umfa.quantize(X, "int4", symmetric=False)
+    again = umfa.QuantizedTensor(made.data, made.scales, made.zero_points, shape=made.shape, granularity="token")
+    assert np.shares_memory(again.data, made.data)
+    assert np.shares_memory(again.scales, made.scales)
+    assert np.array_equal(again.dequantize(), made.dequantize())
+    strided = np.zeros((2, 3, 10, 11), np.uint8)[..., ::2][..., :5]
+    strided[:] = made.data
+    other = umfa.QuantizedTensor(strided[:, ::-1], made.scales[:, ::-1], made.zero_points[:, ::-1], shape=made.shape)
+    assert np.array_equal(other.dequantize(), made.dequantize()[:, ::-1])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_copies__are_equal(copied, kind):
+    x = X if kind == "numpy" else pytest.importorskip("torch").from_numpy(X)
+    made = umfa.quantize(x, "int4", symmetric=False)
+    other = copied(made)
+    assert type(other.data) is type(made.data)
+    assert np.array_equal(np.asarray(other.dequantize()), np.asarray(made.dequantize()))
+    assert repr(other) == repr(made)
+
+
+def test_layout__must_be_that_of_the_call():
+    made = umfa.quantize(X)
+    with pytest.raises(umfa.InvalidArgumentError, match="layout 'bshd'"):
+        umfa.attention(X, made, X, layout="bshd")
+    flat = umfa.quantize(X[0, 0])
+    umfa.attention(flat, flat, flat, layout="bshd")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_query__says_what_comes_back(kind):
+    x = X if kind == "numpy" else pytest.importorskip("torch").from_numpy(X)
+    made = umfa.quantize(x)
+    output = umfa.attention(made, made, made)
+    assert type(output) is type(x)
+    assert str(output.dtype).endswith("float32")
+
+
+def test_storage_of_a_tensor__cannot_be_resized_under_it():
+    torch = pytest.importorskip("torch")
+    data = torch.zeros(1, 1, 4, 8, dtype=torch.int8)
+    made = umfa.QuantizedTensor(data, torch.ones(1, 1, 4))
+    with pytest.raises(RuntimeError, match="resizable"):
+        data.untyped_storage().resize_(0)
+    made.dequantize()
+
+
+def test_quantize_option__leaves_quantised_operands_alone():
+    k, v = umfa.quantize(X), umfa.quantize(X, "int4")
+    assert np.array_equal(umfa.attention(X, k, v, quantize="int8"), umfa.attention(umfa.quantize(X), k, v))
+    config = umfa.QuantizationConfig(query=None, key="int8", value=umfa.QuantizationScheme("int4", symmetric=False))
+    expected = umfa.attention(X, umfa.quantize(X), umfa.quantize(X, "int4", symmetric=False))
+    assert np.array_equal(umfa.attention(X, X, X, quantize=config), expected)
+
+
+def test_schemes__are_values():
+    scheme = umfa.QuantizationScheme("int4")
+    assert scheme == umfa.QuantizationScheme("int4", "token")
+    assert umfa.QuantizationScheme(granularity="block").block_size == 64
+    assert umfa.QuantizationScheme(granularity="group").group_size == 32
+    config = umfa.QuantizationConfig("int4", None, scheme)
+    assert config == umfa.QuantizationConfig(scheme, None, "int4")
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(config) == hash(copy.deepcopy(config))
+    with pytest.raises(umfa.InvalidArgumentError, match="umfa.QuantizationConfig: key"):
+        umfa.QuantizationConfig(key="fp8")
+
+
+S = np.ones((2, 3, 10), np.float32)
+CODES = np.zeros((2, 3, 10, 9), np.int8)
+PACKED = np.zeros((2, 3, 10, 5), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        ((X, S), {}, umfa.InvalidTypeError),
+        ((None, S), {}, umfa.InvalidTypeError),
+        ((CODES, None), {}, umfa.InvalidTypeError),
+        ((CODES, S.astype(float)), {}, umfa.InvalidTypeError),
+        ((CODES, S[:1]), {}, umfa.InvalidDimensionsError),
+        ((CODES, np.float32(1)), {}, umfa.InvalidDimensionsError),
+        ((CODES, S), {"granularity": "tensor"}, umfa.InvalidDimensionsError),
+        ((CODES, S, S), {}, umfa.InvalidTypeError),
+        ((CODES, S, np.zeros((2, 3), np.int32)), {}, umfa.InvalidDimensionsError),
+        ((CODES, S, None, S), {}, umfa.InvalidDimensionsError),
+        ((CODES[0, 0, 0], S), {}, umfa.InvalidDimensionsError),
+        ((CODES, S), {"shape": (2, 3, 10, 8)}, umfa.InvalidDimensionsError),
+        ((CODES, S), {"shape": 5}, umfa.InvalidTypeError),
+        ((CODES, S), {"layout": "bshd"}, umfa.InvalidDimensionsError),
+        ((CODES, S), {"rotated": 1}, umfa.InvalidTypeError),
+        ((CODES, S), {"granularity": "block", "block_size": 0}, umfa.InvalidArgumentError),
+        ((PACKED, S), {}, umfa.InvalidArgumentError),
+        ((PACKED, S), {"shape": (2, 3, 10, 11)}, umfa.InvalidDimensionsError),
+        ((PACKED, S), {"shape": (2, 3, 10, -9)}, umfa.InvalidArgumentError),
+        ((PACKED, S), {"shape": ()}, umfa.InvalidDimensionsError),
+    ],
+)
+def test_parts_that_do_not_fit__are_refused(arguments, options, error):
+    with pytest.raises(error, match=r"umfa\.QuantizedTensor: \w+: expected"):
+        umfa.QuantizedTensor(*arguments, **options)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.nan, np.inf])
+def test_scales_that_are_not_positive__are_refused(scale):
+    made = umfa.quantize(X)
+    made.scales[1, 1, 1] = scale
+    with pytest.raises(umfa.InvalidArgumentError, match="scale"):
+        umfa.attention(X, made, X)
+    with pytest.raises(umfa.InvalidArgumentError, match="scale"):
+        made.dequantize()
+
+
+def test_empty():
+    made = umfa.quantize(np.zeros((2, 3, 0, 8), np.float32))
+    assert made.dequantize().shape == (2, 3, 0, 8)
+    assert not umfa.attention(X[..., :8], made, made).any()

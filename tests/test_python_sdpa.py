@@ -1,0 +1,224 @@
+"""MetalSDPA beside PyTorch's scaled_dot_product_attention: shapes, broadcasting, options, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import umfa
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F  # noqa: E402, N812
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def sdpa():
+    return umfa.MetalSDPA()
+
+
+def same(ours, theirs, tolerance=2e-6):
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    assert ours.is_contiguous()
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)
+
+
+SHAPES = [
+    ((2, 8, 4, 6), (2, 8, 5, 6), (2, 8, 5, 7)),
+    ((8, 4, 6), (8, 5, 6), (8, 5, 6)),
+    ((4, 6), (5, 6), (5, 7)),
+    ((2, 8, 4, 6), (1, 8, 5, 6), (2, 1, 5, 6)),
+    ((2, 1, 4, 6), (2, 8, 5, 6), (2, 8, 5, 6)),
+    ((2, 8, 4, 6), (8, 5, 6), (5, 6)),
+    ((2, 3, 8, 4, 6), (2, 1, 8, 5, 6), (1, 3, 8, 5, 6)),
+    ((3, 1, 2, 2, 4, 6), (1, 2, 2, 2, 5, 6), (3, 2, 1, 2, 5, 6)),
+    ((0, 8, 4, 6), (0, 8, 5, 6), (0, 8, 5, 6)),
+    ((2, 0, 3, 8, 4, 6), (2, 0, 3, 8, 5, 6), (2, 0, 3, 8, 5, 6)),
+]
+
+
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_shapes__as_torch(sdpa, shapes):
+    q, k, v = (torch.randn(shape) for shape in shapes)
+    same(sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    same(sdpa(q, k, v, is_causal=True), F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 5), (1, 5), (1, 1), (8, 4, 5), (1, 4, 5), (3, 1, 1, 5), (2, 1, 1, 4, 5), (1, 3, 8, 4, 5), (2, 3, 8, 4, 5)], ids=str
+)
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_masks__as_torch(sdpa, shape, kind):
+    q, k, v = torch.randn(2, 3, 8, 4, 6), torch.randn(2, 3, 8, 5, 6), torch.randn(2, 3, 8, 5, 6)
+    mask = torch.randn(shape)
+    mask = mask > -1 if kind is torch.bool else mask
+    same(sdpa(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
+    same(sdpa(q, k, v, mask, is_causal=True), F.scaled_dot_product_attention(q, k, v, both(mask)))
+
+
+def both(mask):
+    below = torch.ones(4, 5, dtype=torch.bool).tril()
+    return mask & below if mask.dtype is torch.bool else torch.where(below, mask, -torch.inf)
+
+
+def test_batch_axes_that_are_not_one_in_memory__are_not_copied(sdpa):
+    q = torch.randn(3, 2, 8, 4, 6).transpose(0, 1)
+    k = torch.randn(3, 8, 5, 6).expand(2, 3, 8, 5, 6)
+    v = torch.randn(2, 3, 8, 5, 6)
+    mask = torch.rand(3, 2, 1, 4, 5).transpose(0, 1) > 0.2
+    same(sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v))
+    same(sdpa(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, mask))
+
+
+@pytest.mark.parametrize("shapes", [((2, 8, 4, 6), (2, 2, 5, 6)), ((8, 4, 6), (4, 5, 6)), ((2, 3, 8, 4, 6), (3, 1, 5, 6))], ids=str)
+def test_grouped_heads__as_torch(sdpa, shapes):
+    q, k, v = torch.randn(shapes[0]), torch.randn(shapes[1]), torch.randn(shapes[1])
+    expected = F.scaled_dot_product_attention(q, *(x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v)))
+    same(sdpa(q, k, v, enable_gqa=True), expected)
+
+
+def test_grouped_heads__without_the_flag__are_refused(sdpa):
+    q, k = torch.randn(2, 8, 4, 6), torch.randn(2, 2, 4, 6)
+    with pytest.raises(umfa.InvalidDimensionsError, match="enable_gqa=True"):
+        sdpa(q, k, k)
+    with pytest.raises(umfa.InvalidDimensionsError, match="num_kv_heads"):
+        sdpa(q, torch.randn(2, 3, 4, 6), torch.randn(2, 3, 4, 6), enable_gqa=True)
+    with pytest.raises(umfa.InvalidDimensionsError, match="enable_gqa"):
+        sdpa(q[0, 0], k[0, 0], k[0, 0], enable_gqa=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes__as_torch(sdpa, dtype):
+    q, k, v = (torch.randn(2, 3, 40, 24).to(dtype) for _ in range(3))
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    output = sdpa(q, k, v)
+    assert output.dtype == dtype
+    assert (output.double() - exact).abs().max() < {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1, 0.3, np.float32(0.3)])
+def test_scale__as_torch(sdpa, scale):
+    q = torch.randn(2, 3, 4, 6)
+    same(sdpa(q, q, q, scale=scale), F.scaled_dot_product_attention(q, q, q, scale=float(scale)))
+
+
+def test_strides__as_torch(sdpa):
+    packed = torch.randn(2, 9, 3, 4, 8)
+    q, k, v = (packed[:, :, index].transpose(1, 2) for index in range(3))
+    same(sdpa(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_dropout__draws_from_torchs_generator(sdpa):
+    q = torch.randn(1, 2, 64, 8)
+    torch.manual_seed(5)
+    first, second = sdpa(q, q, q, dropout_p=0.5), sdpa(q, q, q, dropout_p=0.5)
+    torch.manual_seed(5)
+    assert torch.equal(first, sdpa(q, q, q, dropout_p=0.5))
+    assert not torch.equal(first, second)
+    assert not sdpa(q, q, q, dropout_p=1.0).any()
+    five = q.expand(3, 2, 2, 64, 8)
+    assert sdpa(five.transpose(0, 1), five.transpose(0, 1), five.transpose(0, 1), dropout_p=0.5).isfinite().all()
+
+
+def test_requires_grad__is_refused_in_grad_mode_only(sdpa):
+    plain = torch.randn(2, 4, 6)
+    leaf = torch.randn(2, 4, 6, requires_grad=True)
+    for operands in (
+        (leaf, plain, plain),
+        (plain, leaf, plain),
+        (plain, plain, leaf * 2),
+        (plain, plain, plain, torch.zeros(4, 4, requires_grad=True)),
+    ):
+        with pytest.raises(NotImplementedError, match=r"umfa.MetalSDPA: \w+: .*no_grad"):
+            sdpa(*operands)
+    with torch.no_grad():
+        assert not sdpa(leaf, leaf, leaf).requires_grad
+    with torch.inference_mode():
+        sdpa(leaf, leaf, leaf)
+
+
+def test_other_devices__are_refused(sdpa):
+    plain, far = torch.randn(2, 4, 6), torch.empty(2, 4, 6, device="meta")
+    for operands in ((far, far, far), (plain, far, plain), (plain, plain, plain, torch.empty(4, 4, device="meta"))):
+        with pytest.raises(
+            umfa.UnsupportedError, match=r"umfa.MetalSDPA: \w+: expected a tensor on the CPU, got one on 'meta'; use \w+\.cpu\(\)"
+        ):
+            sdpa(*operands)
+
+
+Q = torch.zeros(2, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error"),
+    [
+        ((Q.numpy(), Q, Q), {}, umfa.InvalidTypeError),
+        ((Q, None, Q), {}, umfa.InvalidTypeError),
+        ((Q, Q.double(), Q), {}, umfa.InvalidTypeError),
+        ((Q.int(), Q.int(), Q.int()), {}, umfa.InvalidTypeError),
+        ((Q[0, 0, 0], Q, Q), {}, umfa.InvalidDimensionsError),
+        ((Q, Q[:, :, :, :5], Q), {}, umfa.InvalidDimensionsError),
+        ((Q, Q[:, :, :3], Q), {}, umfa.InvalidDimensionsError),
+        ((Q[:, :, :, :0], Q[:, :, :, :0], Q), {}, umfa.InvalidDimensionsError),
+        ((Q, Q, Q), {"attn_mask": np.zeros((4, 4))}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"attn_mask": torch.zeros(4, 4, dtype=torch.int32)}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"attn_mask": torch.zeros(4, 3)}, umfa.InvalidDimensionsError),
+        ((Q, Q, Q), {"attn_mask": torch.zeros(1, 1, 1, 4, 4)}, umfa.InvalidDimensionsError),
+        ((Q[None], Q[None], Q[None]), {"attn_mask": torch.zeros(1, 3, 1, 4, 4)}, umfa.InvalidDimensionsError),
+        ((Q, Q, Q), {"dropout_p": 1.5}, umfa.InvalidArgumentError),
+        ((Q, Q, Q), {"dropout_p": float("nan")}, umfa.InvalidArgumentError),
+        ((Q, Q, Q), {"dropout_p": "0.5"}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"is_causal": 1}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"is_causal": "lower_right"}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"enable_gqa": None}, umfa.InvalidTypeError),
+        ((Q, Q, Q), {"scale": float("inf")}, umfa.InvalidArgumentError),
+        ((Q, Q, Q), {"scale": 1j}, umfa.InvalidTypeError),
+    ],
+)
+def test_bad_input(sdpa, arguments, options, error):
+    with pytest.raises(error, match=r"umfa.MetalSDPA: "):
+        sdpa(*arguments, **options)
+
+
+def test_quantize__and_context():
+    q = torch.randn(1, 2, 40, 32)
+    exact = F.scaled_dot_product_attention(q, q, q)
+    with umfa.MFAContext(num_threads=1) as context:
+        output = umfa.MetalSDPA(context, quantize="int8")(q, q, q)
+        assert 0 < (output - exact).abs().max() < 0.05
+        assert torch.equal(output, umfa.attention(q, q, q, quantize="int8"))
+    with pytest.raises(umfa.InvalidContextError):
+        umfa.MetalSDPA(context)(q, q, q)
+    with pytest.raises(umfa.InvalidArgumentError, match=r"umfa.MetalSDPA: quantize"):
+        umfa.MetalSDPA(quantize="int3")
+
+
+def test_copies__work(sdpa):
+    q = torch.randn(2, 4, 6)
+    for other in (copy.deepcopy(sdpa), pickle.loads(pickle.dumps(umfa.MetalSDPA(quantize=umfa.QuantizationConfig("int8"))))):
+        other(q, q, q)
+
+
+@pytest.mark.parametrize("name", ["pytorch_sdpa_replacement", "numpy_attention"])
+def test_example__runs(name):
+    answer = subprocess.run([sys.executable, str(ROOT / "python/examples" / f"{name}.py")], capture_output=True, text=True, check=True)
+    if name == "pytorch_sdpa_replacement":
+        differences = {line[:28].strip(): float(line[28:]) for line in answer.stdout.splitlines()[1:]}
+        assert len(differences) == 9
+        for call, difference in differences.items():
+            assert difference < {"bfloat16": 8e-3, "int8 beside exact": 0.05, "int4 beside exact": 0.5}.get(call, 3e-6), call
+    else:
+        assert answer.stdout.splitlines()[-1].endswith(" True")
