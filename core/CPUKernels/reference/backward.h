@@ -74,6 +74,7 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
     const bool with_grad_logsumexp = attention->grad_logsumexp != NULL;
     for (int64_t row = 0; row < rows; row++) {
         bool valid = row < tile->valid_rows;
+        tile->infinite[row] = 0;
         workspace->logsumexp[row] = valid ? get_statistic(attention, attention->logsumexp, statistic + row) : 0;
         workspace->d_values[row] = valid && with_d_values ? get_statistic(attention, attention->d_values, statistic + row) : 0;
         workspace->grad_logsumexp[row] =

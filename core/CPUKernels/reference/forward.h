@@ -168,7 +168,8 @@ static bool row_is_finite(const real* row, int64_t channels, real logsumexp) {
     return logsumexp - logsumexp == 0 && rows_are_finite(row, channels, 1, channels);
 }
 
-/* FP32 arithmetic can overflow where the formulas do not: rows whose result is not finite are computed once more, with wide arithmetic. */
+/* FP32 arithmetic can overflow where the formulas do not: rows that met a score which is not finite, or whose result is not, are computed once
+ * more, with wide arithmetic. */
 static void forward_rows_wide(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
                               void* memory) {
     cpu_attention wide = *attention;
@@ -196,6 +197,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
         workspace.sum[row] = 0;
         workspace.attended[row] = 0;
         workspace.is_nan[row] = 0;
+        tile->infinite[row] = 0;
     }
     memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
 
@@ -226,7 +228,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     uint64_t overflow = 0;
     for (int64_t row = 0; row < valid_rows; row++) {
         bool finite = row_is_finite(workspace.rows + row * head_dim_v, head_dim_v, workspace.rescale[row]);
-        if (workspace.attended[row] && !finite) overflow |= (uint64_t)1 << row;
+        if (workspace.attended[row] && (tile->infinite[row] || !finite)) overflow |= (uint64_t)1 << row;
     }
     for (int64_t row = 0, run; row < valid_rows; row += run + 1) {
         for (run = 0; row + run < valid_rows && overflow >> (row + run) & 1; run++) {}

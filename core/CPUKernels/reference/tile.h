@@ -259,6 +259,7 @@ typedef struct {
     real* cap_slopes;    /* backward with softcap: 1 - tanh^2 = ds/dc; else NULL */
     real_bits* attended; /* 0 or -1 */
     real_bits* limits;   /* workspace, 2 * rows */
+    real_bits* infinite; /* of each row: set once an attended score, or what softcap made of it, is not finite */
 } score_tile;
 
 static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile) {
@@ -267,6 +268,7 @@ static void take_score_tile(workspace_cursor* cursor, const cpu_attention* atten
     tile->scores = workspace_take_reals(cursor, TILE_COLUMNS * rows);
     tile->attended = workspace_take(cursor, TILE_COLUMNS * rows, sizeof(real_bits));
     tile->limits = workspace_take(cursor, 2 * rows, sizeof(real_bits));
+    tile->infinite = workspace_take(cursor, rows, sizeof(real_bits));
     tile->additions = attention->mask.data ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
     tile->cap_slopes = backward && attention->softcap > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
 }
@@ -305,9 +307,11 @@ static void finish_scores(const cpu_attention* attention, score_tile* tile) {
         }
         vector_mask first = *(const vector_mask*)(tile->limits + row);
         vector_mask last = *(const vector_mask*)(tile->limits + rows + row);
+        vector_mask infinite = *(const vector_mask*)(tile->infinite + row);
         for (int64_t column = 0; column < tile->columns; column++) {
             const int64_t at = column * rows + row;
             vector score = vector_load(tile->scores + at) * scale;
+            vector excess = score - score; /* 0 if finite, else NaN */
             if (softcap > 0) {
                 vector capped = vector_tanh(score / softcap);
                 score = softcap * capped;
@@ -323,12 +327,14 @@ static void finish_scores(const cpu_attention* attention, score_tile* tile) {
                 vector distance = diagonal - (real)column;
                 score -= slope * vector_select(distance < 0, -distance, distance);
             }
+            infinite |= (excess + (score - score) != 0) & attended;
             if (!tile->full) {
                 score = vector_select(attended, score, vector_of(-(real)INFINITY));
                 *(vector_mask*)(tile->attended + at) = attended;
             }
             vector_store(tile->scores + at, score);
         }
+        *(vector_mask*)(tile->infinite + row) = infinite;
     }
 }
 
