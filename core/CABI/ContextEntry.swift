@@ -22,6 +22,21 @@ final class ContextEntry {
         zeroPoints.initialize(repeating: 0, count: 3)
     }
 
+    /// Forgets records that a thread which no longer exists, after fork(), may have been changing: they cannot be relied on, not even to be
+    /// freed.
+    func abandonRecords() {
+        _ = Unmanaged.passRetained(Abandoned(records))
+        records = TrainingRecords()
+    }
+
+    private final class Abandoned {
+        private let records: TrainingRecords
+
+        init(_ records: TrainingRecords) {
+            self.records = records
+        }
+    }
+
     deinit {
         message.deallocate()
         scales.deallocate()
@@ -59,8 +74,7 @@ func withContext(
     }
     do throws(MFAError) {
         try entry.context.exclusively { (session) throws(MFAError) in
-            // Whatever a thread of the parent was changing here is not to be relied on.
-            if !session.isWhole { entry.records = TrainingRecords() }
+            if !session.isWhole { entry.abandonRecords() }
             do throws(MFAError) {
                 try body(entry, session)
             } catch {
