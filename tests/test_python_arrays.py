@@ -246,6 +246,11 @@ class TestTorch:
         tensor.untyped_storage().resize_(size)
         self.refused(tensor, umfa.InvalidArgumentError, "storage")
 
+    def test_unaligned__is_refused(self):
+        self.refused(
+            self.torch.frombuffer(bytearray(33), dtype=self.torch.float32, offset=1).reshape(2, 4), umfa.InvalidArgumentError, "clone"
+        )
+
     def test_fake_tensors__are_refused(self):
         fake = pytest.importorskip("torch._subclasses.fake_tensor")
         with fake.FakeTensorMode():

@@ -137,6 +137,7 @@ def test_not_a_context(wrong):
         lambda: umfa.attention(X, X, X, context=wrong),
         lambda: umfa.flash_attention_forward(wrong, X, X, X),
         lambda: umfa.MFABuffer(8, wrong),
+        lambda: umfa.info(wrong),
     ):
         with pytest.raises(umfa.InvalidTypeError, match="expected an umfa.MFAContext"):
             use()

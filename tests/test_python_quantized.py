@@ -167,6 +167,29 @@ def test_scales_that_are_not_positive__are_refused(scale):
         made.dequantize()
 
 
+@pytest.mark.parametrize(
+    "name", ["shape", "dtype", "granularity", "block_size", "group_size", "rotated", "layout", "data", "scales", "nbytes"]
+)
+def test_what_it_is__cannot_be_changed(name):
+    with pytest.raises(AttributeError):
+        setattr(umfa.quantize(X), name, (9, 9, 9, 9))
+
+
+def test_producer_that_changes_its_mind__is_checked_again():
+    class Fickle:
+        calls = 0
+
+        def __dlpack_device__(self):
+            return (1, 0)
+
+        def __dlpack__(self, **options):
+            self.calls += 1
+            return (CODES if self.calls == 1 else CODES[:1].copy()).__dlpack__(**options)
+
+    with pytest.raises(umfa.InvalidDimensionsError):
+        umfa.QuantizedTensor(Fickle(), S)
+
+
 def test_empty():
     made = umfa.quantize(np.zeros((2, 3, 0, 8), np.float32))
     assert made.dequantize().shape == (2, 3, 0, 8)

@@ -39,7 +39,7 @@ def _load(path: Path) -> Any:
     try:
         library = ffi.dlopen(str(path), ffi.RTLD_NOW)
         number = library.mfa_version()
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ffi.error) as error:
         raise ImportError(f"umfa: {path} cannot be used: {error}") from error
     found = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     # Below 1.0 a minor version may change anything; patches only add.

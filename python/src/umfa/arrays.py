@@ -154,8 +154,8 @@ def framework_named(name: str) -> Framework:
     return NUMPY if name == "numpy" else _torch_framework()
 
 
-def numpy_of(view: ArrayView) -> np.ndarray[Any, Any]:
-    """The NumPy array on a view's memory; not for bfloat16."""
+def numpy_of(function: str, argument: str, view: ArrayView) -> np.ndarray[Any, Any]:
+    """A NumPy array on a view's memory; not for bfloat16. It is to be checked anew: a DLPack producer may give another one each time."""
     array = view.array
     if isinstance(array, np.ndarray):
         return array
@@ -163,7 +163,10 @@ def numpy_of(view: ArrayView) -> np.ndarray[Any, Any]:
         # PyTorch does not resize a storage that NumPy has seen.
         tensor: np.ndarray[Any, Any] = array.detach().numpy()
         return tensor
-    shared: np.ndarray[Any, Any] = np.from_dlpack(array[1])
+    try:
+        shared: np.ndarray[Any, Any] = np.from_dlpack(array[1])
+    except Exception as error:
+        raise InvalidTypeError(f"{function}: {argument}: expected an array that NumPy can share: {error}") from error
     return shared
 
 
@@ -349,6 +352,10 @@ class _Torch:
                     f"{function}: {argument}: expected a tensor with memory for all its elements, got a storage that ends after"
                     f" {max(available, 0)} of {needed}"
                 )
+        if address % ITEM_SIZES[precision]:
+            raise InvalidArgumentError(
+                f"{function}: {argument}: expected aligned elements, got an unaligned tensor; use {argument}.clone()"
+            )
         return ArrayView(ffi.cast(_ADDRESS, address), shape, strides, precision, True, self, tensor)
 
     def read_subclass(self, function: str, argument: str, tensor: Any) -> ArrayView:

@@ -354,9 +354,10 @@ def _statistics(function: str, argument: str, array: Any, problem: _Problem) -> 
             f"{function}: {argument}: expected dtype {precision_name(problem.statistics)}, got {precision_name(view.precision)}"
         )
     expected = statistics_shape(problem.sizes, problem.axes)
-    if tuple(view.shape) != expected:
-        raise InvalidDimensionsError(f"{function}: {argument}: expected shape {expected}, got {tuple(view.shape)}")
-    return _point(problem.keepalive, "void *", np.require(numpy_of(view), requirements="C"))
+    numbers = np.require(numpy_of(function, argument, view), np.float64 if problem.statistics == FP64 else np.float32, "C")
+    if numbers.shape != expected:
+        raise InvalidDimensionsError(f"{function}: {argument}: expected shape {expected}, got {numbers.shape}")
+    return _point(problem.keepalive, "void *", numbers)
 
 
 def _forward(

@@ -11,7 +11,7 @@ import numpy as np
 
 from umfa._library import ffi, lib, library_path, version
 from umfa.arrays import BF16, FP16, FP32, FP64, INT4, INT8, ITEM_SIZES
-from umfa.context import MFAContext, default_context
+from umfa.context import MFAContext, context_for
 
 __all__ = ["info"]
 
@@ -42,7 +42,7 @@ def info(context: MFAContext | None = None) -> dict[str, Any]:
     InvalidContextError
         If the context is closed.
     """
-    context = default_context() if context is None else context
+    context = context_for("umfa.info", context)
     details = context.details()
     served = {name: code for name, code in _PRECISIONS.items() if details["operand_precisions"] >> code & 1}
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from umfa._layouts import axes_in, four_dimensional
+from umfa._layouts import LAYOUTS, axes_in, four_dimensional
 from umfa._library import NULL, ffi, lib
 from umfa._scalars import attribute, choice, describe, flag, integer
 from umfa.arrays import FLOATS, FP32, INT4, INT8, NUMPY, ArrayView, allocate, framework_named, numpy_of, precision_name, view_of
@@ -184,28 +184,20 @@ class QuantizedTensor:
     """
 
     __slots__ = (
+        "_block_size",
         "_channel_means",
         "_data",
+        "_dtype",
         "_framework",
+        "_granularity",
+        "_group_size",
+        "_layout",
+        "_rotated",
         "_scales",
+        "_shape",
         "_view",
         "_zero_points",
-        "block_size",
-        "dtype",
-        "granularity",
-        "group_size",
-        "layout",
-        "rotated",
-        "shape",
     )
-
-    shape: tuple[int, ...]
-    dtype: str
-    granularity: str
-    block_size: int | None
-    group_size: int | None
-    rotated: bool
-    layout: str
 
     def __init__(
         self,
@@ -223,17 +215,19 @@ class QuantizedTensor:
     ) -> None:
         function = "umfa.QuantizedTensor"
         view = view_of(function, "data", data)
+        if view.precision in (INT8, INT4):
+            self._framework = view.framework
+            self._data = numpy_of(function, "data", view)
+            view = view_of(function, "data", self._data)
         if view.precision not in (INT8, INT4):
             raise InvalidTypeError(f"{function}: data: expected dtype int8, or uint8 for INT4, got {precision_name(view.precision)}")
-        self._framework = view.framework
-        self._data = numpy_of(view)
-        self.dtype = "int8" if view.precision == INT8 else "int4"
-        self.shape = self._checked_shape(function, shape)
-        self.layout = choice(function, "layout", layout, ("bhsd", "bshd"))
-        self.granularity = choice(function, "granularity", granularity, _GRANULARITIES)
-        self.block_size = _size(function, "block", block_size, self.granularity, _DEFAULT_BLOCK_SIZE)
-        self.group_size = _size(function, "group", group_size, self.granularity, _DEFAULT_GROUP_SIZE)
-        self.rotated = bool(flag(function, "rotated", rotated))
+        self._dtype = "int8" if view.precision == INT8 else "int4"
+        self._shape = self._checked_shape(function, shape)
+        self._layout = choice(function, "layout", layout, LAYOUTS)
+        self._granularity = choice(function, "granularity", granularity, _GRANULARITIES)
+        self._block_size = _size(function, "block", block_size, self.granularity, _DEFAULT_BLOCK_SIZE)
+        self._group_size = _size(function, "group", group_size, self.granularity, _DEFAULT_GROUP_SIZE)
+        self._rotated = bool(flag(function, "rotated", rotated))
         axes_in(function, "data", len(self.shape), self.layout)
         expected = _scales_shape(self.shape, self.layout, self.granularity, self.block_size, self.group_size)
         self._scales = _part(function, "scales", scales, np.float32, expected)
@@ -306,6 +300,43 @@ class QuantizedTensor:
     def channel_means(self) -> Any:
         """What smoothing subtracted, float32 [B, H, D]; None for a tensor that is not smoothed."""
         return None if self._channel_means is None else self._framework.from_numpy(self._channel_means)
+
+    # Read-only: the C structures, which say the same, are made once.
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the tensor that the codes stand for."""
+        return self._shape
+
+    @property
+    def dtype(self) -> str:
+        """``"int8"`` or ``"int4"``."""
+        return self._dtype
+
+    @property
+    def granularity(self) -> str:
+        """Which elements share a scale."""
+        return self._granularity
+
+    @property
+    def block_size(self) -> int | None:
+        """Tokens that share a scale; None unless the granularity is ``"block"``."""
+        return self._block_size
+
+    @property
+    def group_size(self) -> int | None:
+        """Channels that share a scale; None unless the granularity is ``"group"``."""
+        return self._group_size
+
+    @property
+    def rotated(self) -> bool:
+        """Whether the codes are those of the Walsh-Hadamard transform of each row."""
+        return self._rotated
+
+    @property
+    def layout(self) -> str:
+        """``"bhsd"`` or ``"bshd"``."""
+        return self._layout
 
     @property
     def ndim(self) -> int:
@@ -474,7 +505,7 @@ def quantize(
     >>> output = umfa.attention(q, keys, v)
     """
     function = "umfa.quantize"
-    layout = choice(function, "layout", layout, ("bhsd", "bshd"))
+    layout = choice(function, "layout", layout, LAYOUTS)
     fields = _checked_fields(function, dtype, granularity, block_size, group_size, symmetric, smooth, rotate)
     scheme = QuantizationScheme(**fields)
     view = view_of(function, "x", x)
