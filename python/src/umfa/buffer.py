@@ -41,7 +41,8 @@ class _Memory:
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
-        return {"shape": (self.size,), "typestr": "|u1", "data": (self.address, not self.writable), "version": 3}
+        data = (self.address, not self.writable) if self.size else bytearray()  # NumPy takes no NULL
+        return {"shape": (self.size,), "typestr": "|u1", "data": data, "version": 3}
 
 
 class MFABuffer:
