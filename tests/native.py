@@ -1,4 +1,4 @@
-"""The C functions as C callers use them: addresses and structures by hand. For tests of the C interface only; all others use the package."""
+"""The C functions as C callers use them: addresses and structures by hand. For tests of the C interface; others use the package."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from umfa._library import NULL, ffi, lib
 
 SUCCESS, INVALID_CONTEXT, ALLOCATION_FAILED, INVALID_DIMENSIONS, EXECUTION_FAILED, INVALID_ARGUMENT, UNSUPPORTED, UNAVAILABLE = range(8)
-FP32, FP16, BF16, FP64, INT4, INT8, BOOL = (ffi.integer_const(f"MFA_PRECISION_{name}") for name in ("FP32", "FP16", "BF16", "FP64", "INT4", "INT8", "BOOL"))
+FP32, FP16, BF16, FP64, INT4, INT8, BOOL = (
+    ffi.integer_const(f"MFA_PRECISION_{name}") for name in ("FP32", "FP16", "BF16", "FP64", "INT4", "INT8", "BOOL")
+)
 PRECISIONS = {"float32": FP32, "float16": FP16, "bfloat16": BF16, "float64": FP64, "int4": INT4, "int8": INT8}
 DTYPES = {FP32: np.float32, FP16: np.float16, BF16: ml_dtypes.bfloat16, FP64: np.float64, INT4: np.uint8, INT8: np.int8, BOOL: np.bool_}
 
@@ -52,8 +55,6 @@ def new(kind: str, **fields: Any) -> Any:
     return structure
 
 
-
-
 class Descriptor:
     """A structure together with all that it points to."""
 
@@ -82,7 +83,9 @@ def tensor(array: np.ndarray, precision: int | None = None, shape: Any = None, s
         strides = [stride // array.itemsize for stride in array.strides]
         if precision == INT4:
             strides = [2 * stride for stride in strides[:3]] + [strides[3]]
-    return Descriptor("mfa_tensor_t", precision=precision, data=array, shape=list(shape or array.shape), strides=list(strides), quantization=quantization)
+    return Descriptor(
+        "mfa_tensor_t", precision=precision, data=array, shape=list(shape or array.shape), strides=list(strides), quantization=quantization
+    )
 
 
 def attention(query: Any, key: Any, value: Any, output: Any = NULL, **fields: Any) -> Descriptor:
@@ -225,5 +228,7 @@ class Flat:
             tensors.append(tensor(view, precision, shape, quantization=quantization))
         if with_logsumexp:
             fields["logsumexp"] = self.logsumexp
-        made = attention(*tensors, tensor(self.views[3]) if output is None else output, softmax_scale=self.scale, causal=int(self.causal), **fields)
+        made = attention(
+            *tensors, tensor(self.views[3]) if output is None else output, softmax_scale=self.scale, causal=int(self.causal), **fields
+        )
         return made

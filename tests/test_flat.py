@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 
-import native
 import numpy as np
 import pytest
+
+import native
 import reference
 from native import (
     INVALID_ARGUMENT,
@@ -96,7 +97,9 @@ def test_mfa_attention_forward__codes__have_scale_one_and_no_zero_point(precisio
     real = []
     for values, name, scale, zero_point in zip(flat.real, precisions, flat.scales, flat.zero_points):
         real.append(values / scale + zero_point if name in ("int8", "int4") else values)
-    check_forward(flat, [np.rint(values) if name in ("int8", "int4") else values for values, name in zip(real, precisions)], logsumexp=False)
+    check_forward(
+        flat, [np.rint(values) if name in ("int8", "int4") else values for values, name in zip(real, precisions)], logsumexp=False
+    )
     assert (flat.logsumexp == 7).all()
 
 
@@ -147,7 +150,7 @@ def test_flat__seven_threads__give_the_bits_of_one(rng):
     assert all(result == results[0] for result in results)
 
 
-# ---- Training records -----------------------------------------------------------------------------------------------------------------------
+# ---- Training records --------------------------------------------------------------------------------------------------------------------
 
 
 def test_flat_backward__without_a_forward__returns_3_and_writes_nothing(context, rng):
@@ -287,7 +290,7 @@ def test_flat_forward__more_records_than_are_kept__drops_the_oldest(beyond, cont
         assert flat.backward_query(context, **at(index)) == SUCCESS
 
 
-# ---- Empty dimensions -------------------------------------------------------------------------------------------------------------------------
+# ---- Empty dimensions --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sizes", [(0, 7, 11, 3, 9), (2, 0, 11, 3, 9), (0, 0, 11, 3, 9), (2, 0, 0, 3, 9)], ids=str)
@@ -316,7 +319,9 @@ def test_flat__no_key__gives_zeros_and_minus_infinity(precision, context, rng):
     assert (flat.d_values == 0).all()
 
 
-@pytest.mark.parametrize("sizes", [(2, 7, 11, 0, 9), (2, 7, 11, 3, 0), (2, 7, 11, 3, 1025), (2, 7, 11, 3, 65535), (0, 7, 11, 0, 9), (2, 0, 11, 3, 0)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 7, 11, 0, 9), (2, 7, 11, 3, 0), (2, 7, 11, 3, 1025), (2, 7, 11, 3, 65535), (0, 7, 11, 0, 9), (2, 0, 11, 3, 0)], ids=str
+)
 def test_flat__no_heads_or_illegal_channels__returns_3(sizes, context, rng):
     flat = Flat(rng)
     changed = dict(zip(("batch_size", "seq_len_q", "seq_len_kv", "num_heads", "head_dim"), sizes))
@@ -326,7 +331,7 @@ def test_flat__no_heads_or_illegal_channels__returns_3(sizes, context, rng):
     assert flat.snapshot() == before
 
 
-# ---- What is refused --------------------------------------------------------------------------------------------------------------------------
+# ---- What is refused ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v"])
@@ -376,7 +381,10 @@ def test_flat_forward__null_operands__return_5(pointer, context, rng):
     assert flat.snapshot() == before
 
 
-@pytest.mark.parametrize("pointer", ["query_ptr", "key_ptr", "value_ptr", "grad_output_ptr", "logsumexp_ptr", "grad_query_ptr", "d_values_ptr", "grad_key_ptr", "grad_value_ptr"])  # fmt: skip
+@pytest.mark.parametrize(
+    "pointer",
+    [f"{name}_ptr" for name in ("query", "key", "value", "grad_output", "logsumexp", "grad_query", "d_values", "grad_key", "grad_value")],
+)
 def test_flat_backward__null_operands__return_5(pointer, context, rng):
     flat = Flat(rng)
     assert flat.forward_quantized(context) == SUCCESS
@@ -422,7 +430,9 @@ OVERLAPS = {
         ("grad_key_ptr", "grad_value_ptr"),
     ),
 }
-PAIRS = [(call, output, other) for call, (pointers, outputs) in OVERLAPS.items() for output in outputs for other in pointers if other != output]
+PAIRS = [
+    (call, output, other) for call, (pointers, outputs) in OVERLAPS.items() for output in outputs for other in pointers if other != output
+]
 
 
 @pytest.mark.parametrize(("call", "output", "other"), PAIRS, ids=str)
@@ -438,7 +448,10 @@ def test_flat__output_that_overlaps_anything__returns_5(call, output, other, con
     if moved == "logsumexp_ptr" and call != "forward":
         moved, target = target, moved
     for shift in (0, 4):
-        assert run(context, **{moved: names[target].ctypes.data + shift and ffi.cast("char *", address(names[target])) + shift}) == INVALID_ARGUMENT
+        assert (
+            run(context, **{moved: names[target].ctypes.data + shift and ffi.cast("char *", address(names[target])) + shift})
+            == INVALID_ARGUMENT
+        )
     assert flat.snapshot() == before
 
 
@@ -462,7 +475,11 @@ def test_flat__inputs_that_share_memory__are_legal(context, rng):
 def test_flat__sizes_whose_product_overflows__return_3(context, rng):
     flat = Flat(rng)
     before = flat.snapshot()
-    for changed in ({"batch_size": 2**32 - 1, "seq_len_q": 2**32 - 1}, {"seq_len_kv": 2**32 - 1, "num_heads": 2**32 - 1}, {"batch_size": 2**31, "num_heads": 2**31}):
+    for changed in (
+        {"batch_size": 2**32 - 1, "seq_len_q": 2**32 - 1},
+        {"seq_len_kv": 2**32 - 1, "num_heads": 2**32 - 1},
+        {"batch_size": 2**31, "num_heads": 2**31},
+    ):
         for call in (flat.forward, flat.forward_quantized, flat.backward_query, flat.backward_kv):
             assert call(context, **changed) == INVALID_DIMENSIONS
             # Sizes come before pointers.

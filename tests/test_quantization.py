@@ -7,6 +7,7 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
+
 import reference
 import umfa
 from cases import CODES, DTYPES, OPTIONS, STYLES, Operand, Sizes, place, problem, quantized_operand, to_layout
@@ -121,7 +122,13 @@ def test_quantize__special_values__give_the_bits_of_the_reference(dtype, name, g
         pytest.raises(umfa.InvalidArgumentError, quantize, values, dtype, granularity, rotate=True, symmetric=symmetric)
         return
     got, _ = check(values, dtype, granularity, symmetric=symmetric, rotate=rotate)
-    if name in ("zeros", "denormal", "below the smallest scale") and granularity == "tensor" and symmetric and not rotate and dtype == "int8":
+    if (
+        name in ("zeros", "denormal", "below the smallest scale")
+        and granularity == "tensor"
+        and symmetric
+        and not rotate
+        and dtype == "int8"
+    ):
         assert got.scales == 1
         assert (got.data == 0).all()
 
@@ -250,7 +257,10 @@ def test_quantize__nbytes__is_codes_scales_zero_points_and_means(dtype, granular
 @pytest.mark.parametrize("dtype", CODES)
 def test_attention__codes_of_each_granularity__equals_the_reference(dtype, asymmetric, granularity, rng):
     sizes = Sizes()
-    operands = [quantized_operand(rng, shape, dtype, "contiguous", "bhsd", granularity, asymmetric) for shape in (sizes.query, sizes.key, sizes.value)]
+    operands = [
+        quantized_operand(rng, shape, dtype, "contiguous", "bhsd", granularity, asymmetric)
+        for shape in (sizes.query, sizes.key, sizes.value)
+    ]
     made = type(problem(rng))(sizes, *operands, {"causal": True}, dtype)
     try:
         output, logsumexp = made.run()
@@ -287,7 +297,10 @@ def test_attention__smoothed_and_rotated_codes__equals_the_reference(rotate, smo
 
 @pytest.mark.parametrize("rotated", [("query",), ("key",), ("value",), ("query", "key", "value")])
 def test_attention__rotations_that_do_not_match__are_refused(rotated, rng):
-    tensors = [umfa.quantize(rng.normal(size=(1, 2, 5, 8)).astype(np.float32), "int8", rotate=name in rotated) for name in ("query", "key", "value")]
+    tensors = [
+        umfa.quantize(rng.normal(size=(1, 2, 5, 8)).astype(np.float32), "int8", rotate=name in rotated)
+        for name in ("query", "key", "value")
+    ]
     with pytest.raises(umfa.InvalidArgumentError):
         umfa.attention(*tensors)
 
