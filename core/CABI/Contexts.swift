@@ -26,7 +26,7 @@ public func mfa_destroy_context(_ context: UnsafeMutableRawPointer?) -> Int32 {
     return withoutContext("mfa_destroy_context") { () throws(MFAError) in
         guard let object = handles.remove(token, .context) else { throw invalidContext(token) }
         // Whoever is in a call holds a reference of his own; wait for him, as the header promises.
-        try unsafeDowncast(object, to: ContextEntry.self).context.exclusively { (_) throws(MFAError) in }
+        unsafeDowncast(object, to: ContextEntry.self).context.exclusively { _ in }
     }
 }
 

@@ -5,10 +5,10 @@ import MFACore
 ///
 /// A plan is made twice where the workspace has to grow: first to learn its size, then with its address.
 struct AttentionPlan {
-    private var attention: cpu_attention
-    private var kernels: [cpu_attention_kernel] = []
-    private var fused: [QuantizationPass] = []
-    private var team: Team
+    private let attention: cpu_attention
+    private let kernels: [cpu_attention_kernel]
+    private let fused: [QuantizationPass]
+    private let team: Team
     /// The bytes of workspace that it needs.
     let workspaceSize: Int
 
@@ -18,16 +18,23 @@ struct AttentionPlan {
     ) throws(MFAError) {
         var layout = WorkspaceLayout(base: base)
         let options = problem.options
-        let query = try FusedOperand(
-            "query", problem.query, scheme: options.quantizeQuery, lengths: nil, threads: threads, &layout)
-        let key = try FusedOperand(
-            "key", problem.key, scheme: options.quantizeKey, lengths: options.kvLengths, threads: threads, &layout)
-        let value = try FusedOperand(
-            "value", problem.value, scheme: options.quantizeValue, lengths: options.kvLengths, threads: threads, &layout)
-        attention = cpu_attention(
-            problem, query: query?.codes ?? problem.query, key: key?.codes ?? problem.key, value: value?.codes ?? problem.value)
-        for operand in [query, key, value] {
-            if let operand { fused.append(operand.pass) }
+        var attention = cpu_attention(problem)
+        var kernels: [cpu_attention_kernel] = []
+        var fused: [QuantizationPass] = []
+        if let scheme = options.quantizeQuery {
+            let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, threads: threads, &layout)
+            attention.query = codes.tensor
+            fused.append(codes.pass)
+        }
+        if let scheme = options.quantizeKey {
+            let codes = try FusedOperand("key", problem.key, scheme: scheme, lengths: options.kvLengths, threads: threads, &layout)
+            attention.key = codes.tensor
+            fused.append(codes.pass)
+        }
+        if let scheme = options.quantizeValue {
+            let codes = try FusedOperand("value", problem.value, scheme: scheme, lengths: options.kvLengths, threads: threads, &layout)
+            attention.value = codes.tensor
+            fused.append(codes.pass)
         }
         if let gradients {
             let dValues: UnsafeMutableRawPointer
@@ -45,17 +52,23 @@ struct AttentionPlan {
             kernels.append(try table.kernel(.forward, for: problem))
         }
 
-        var scratchSize = fused.map(\.scratchSize).max() ?? 0
-        for kernel in kernels {
-            let size = withUnsafePointer(to: attention) { kernel.workspace_bytes($0) }
-            scratchSize = max(scratchSize, Int(clamping: size))
+        var items: Int64 = 0
+        var scratchSize = 0
+        for pass in fused {
+            items = max(items, pass.items)
+            scratchSize = max(scratchSize, pass.scratchSize)
         }
-        // Whole cache lines, so that no two threads write to the same.
-        if scratchSize > Int.max - Workspace.alignment { throw MFAError(.allocationFailed, "the workspace needed exceeds 2^63 - 1 bytes") }
-        scratchSize = (scratchSize + Workspace.alignment - 1) & ~(Workspace.alignment - 1)
-        let scratch = try layout.take(Int(threads), of: scratchSize)
-        team = Team(threads: threads, scratch: scratch, scratchSize: scratchSize)
+        withUnsafePointer(to: attention) { attention in
+            for kernel in kernels {
+                items = max(items, kernel.item_count(attention))
+                scratchSize = max(scratchSize, Int(clamping: kernel.workspace_bytes(attention)))
+            }
+        }
+        team = try Team(threads: threads, items: items, scratchSize: scratchSize, &layout)
         workspaceSize = layout.size
+        self.attention = attention
+        self.kernels = kernels
+        self.fused = fused
     }
 
     /// Computes it all. Throws before anything is written, if an operand that is to be quantised is not finite.

@@ -122,23 +122,24 @@ public final class CPUBackend: Backend {
             problem.output.writeNeutralScales()
             return
         }
-        let (pass, team) = try prepare(problem, "input")
+        let (pass, team) = try prepare(problem)
         try pass.scan(team)
         pass.write(team)
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
-        let (pass, team) = try prepare(problem, "input")
+        if !problem.input.hasElements { return }
+        let (pass, team) = try prepare(problem)
         pass.dequantize(team)
     }
 
-    private func prepare(_ problem: QuantizationProblem, _ name: StaticString) throws(MFAError) -> (QuantizationPass, Team) {
+    /// A pass whose workspace is there, and who makes it.
+    private func prepare(_ problem: QuantizationProblem) throws(MFAError) -> (QuantizationPass, Team) {
         func lay(_ base: UnsafeMutableRawPointer?) throws(MFAError) -> (QuantizationPass, Team, Int) {
             var layout = WorkspaceLayout(base: base)
-            let pass = try QuantizationPass(name, from: problem.input, to: problem.output, threads: threads, &layout)
-            let scratchSize = (pass.scratchSize + Workspace.alignment - 1) & ~(Workspace.alignment - 1)
-            let scratch = try layout.take(Int(threads), of: scratchSize)
-            return (pass, Team(threads: threads, scratch: scratch, scratchSize: scratchSize), layout.size)
+            let pass = try QuantizationPass("input", from: problem.input, to: problem.output, threads: threads, &layout)
+            let team = try Team(threads: threads, items: pass.items, scratchSize: pass.scratchSize, &layout)
+            return (pass, team, layout.size)
         }
         let guess = workspace.memory
         var (pass, team, size) = try lay(guess)

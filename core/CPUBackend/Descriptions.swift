@@ -47,8 +47,8 @@ extension cpu_tensor {
 }
 
 extension cpu_attention {
-    /// A problem, with operands that may stand in for the problem's own.
-    init(_ problem: AttentionProblem, query: Tensor, key: Tensor, value: Tensor) {
+    /// A problem without gradients.
+    init(_ problem: AttentionProblem) {
         self.init()
         let options = problem.options
         batch_size = Int64(problem.batchSize)
@@ -58,9 +58,9 @@ extension cpu_attention {
         seq_len_kv = Int64(problem.seqLenKV)
         head_dim = Int64(problem.headDim)
         head_dim_v = Int64(problem.headDimV)
-        self.query = cpu_tensor(query)
-        self.key = cpu_tensor(key)
-        self.value = cpu_tensor(value)
+        self.query = cpu_tensor(problem.query)
+        self.key = cpu_tensor(problem.key)
+        self.value = cpu_tensor(problem.value)
         output = cpu_tensor(problem.output)
         logsumexp = problem.logsumexp
         mask = cpu_tensor(options.mask)

@@ -31,6 +31,9 @@ struct QuantizationPass {
         self.quantization = quantization
     }
 
+    /// One for each head of each sequence.
+    var items: Int64 { quantization.batch_size * quantization.num_heads }
+
     /// The workspace that each thread needs while this pass runs.
     var scratchSize: Int { withUnsafePointer(to: quantization) { Int(clamping: cpu_quantization_workspace_bytes($0)) } }
 
@@ -69,22 +72,21 @@ struct QuantizationPass {
     }
 
     private func run(_ team: Team, _ task: @convention(c) (UnsafeMutableRawPointer?, Int64, Int32) -> Void) {
-        let items = quantization.batch_size * quantization.num_heads
         withUnsafePointer(to: quantization) { team.run(items, Work(quantization: $0, failures: failures, team: team), task) }
     }
 }
 
 /// A float operand and the codes in workspace that stand in for it.
 struct FusedOperand {
-    let codes: Tensor
+    /// The codes.
+    let tensor: cpu_tensor
+    /// Writes them.
     let pass: QuantizationPass
 
-    /// Nil without a scheme: the operand is taken as it is.
-    init?(
-        _ name: StaticString, _ operand: Tensor, scheme: QuantizationScheme?, lengths: UnsafePointer<Int64>?, threads: Int32,
+    init(
+        _ name: StaticString, _ operand: Tensor, scheme: QuantizationScheme, lengths: UnsafePointer<Int64>?, threads: Int32,
         _ layout: inout WorkspaceLayout
     ) throws(MFAError) {
-        guard let scheme else { return nil }
         let shape = operand.shape
         guard let scales = ScaleLayout(scheme.granularity, shape: shape, blockSize: scheme.blockSize, groupSize: scheme.groupSize) else {
             throw .dimensions("`\(name)`: the number of scales overflows")
@@ -99,7 +101,8 @@ struct FusedOperand {
         }
         let rowBytes = scheme.precision == .int4 ? (shape[3] + 1) / 2 : shape[3]
         let data = try layout.take(shape[0] * shape[1] * shape[2], of: rowBytes)
-        codes = Tensor(data, precision: scheme.precision, shape: shape, layout: .bhsd, quantization: quantization)
+        let codes = Tensor(data, precision: scheme.precision, shape: shape, layout: .bhsd, quantization: quantization)
+        tensor = cpu_tensor(codes)
         pass = try QuantizationPass(name, from: operand, to: codes, lengths: lengths, threads: threads, &layout)
     }
 }

@@ -1,11 +1,20 @@
 import CPUKernels
+import MFACore
 
 /// The threads of a call, each with scratch memory of its own.
 struct Team {
     let threads: Int32
-    /// Of thread 0; the others' follow, `scratchSize` bytes each.
-    let scratch: UnsafeMutableRawPointer
-    let scratchSize: Int
+    /// Of thread 0; the others' follow.
+    private let scratch: UnsafeMutableRawPointer
+    /// Bytes from one thread's to the next's.
+    private let scratchSize: Int
+
+    /// At most `threads`, and no more than there are items for.
+    init(threads: Int32, items: Int64, scratchSize: Int, _ layout: inout WorkspaceLayout) throws(MFAError) {
+        self.threads = Int32(min(Int64(threads), max(items, 1)))
+        self.scratchSize = try WorkspaceLayout.round(scratchSize)
+        scratch = try layout.take(Int(self.threads), of: self.scratchSize)
+    }
 
     func scratch(of thread: Int32) -> UnsafeMutableRawPointer { scratch + Int(thread) * scratchSize }
 

@@ -56,11 +56,17 @@ struct WorkspaceLayout {
         let piece = UnsafeMutableRawPointer(bitPattern: base &+ UInt(size))
         let (bytes, overflow) = count.multipliedReportingOverflow(by: elementSize)
         let (end, endOverflow) = size.addingReportingOverflow(bytes)
-        let (rounded, roundOverflow) = end.addingReportingOverflow(Workspace.alignment - 1)
-        guard let piece, !overflow, !endOverflow, !roundOverflow else {
-            throw MFAError(.allocationFailed, "the workspace needed exceeds 2^63 - 1 bytes")
-        }
-        size = rounded & ~(Workspace.alignment - 1)
+        guard let piece, !overflow, !endOverflow else { throw WorkspaceLayout.overflow }
+        size = try WorkspaceLayout.round(end)
         return piece
     }
+
+    /// The bytes of as many whole cache lines as `size` bytes need, so that no two threads write to the same.
+    static func round(_ size: Int) throws(MFAError) -> Int {
+        let (end, overflow) = size.addingReportingOverflow(Workspace.alignment - 1)
+        if overflow { throw WorkspaceLayout.overflow }
+        return end & ~(Workspace.alignment - 1)
+    }
+
+    private static var overflow: MFAError { MFAError(.allocationFailed, "the workspace needed exceeds 2^63 - 1 bytes") }
 }

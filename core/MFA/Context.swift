@@ -33,7 +33,7 @@ public final class Context: @unchecked Sendable {
     }
 
     /// Runs `body` while no other call is in this context. The session must not outlive it.
-    package func exclusively<Result>(_ body: (Session) throws(MFAError) -> Result) throws(MFAError) -> Result {
+    package func exclusively<Result, Failure>(_ body: (Session) throws(Failure) -> Result) throws(Failure) -> Result {
         let isWhole = support_lock_acquire(lock)
         defer { support_lock_release(lock) }
         if !isWhole { backend.abandonWorkspace() }
@@ -41,7 +41,7 @@ public final class Context: @unchecked Sendable {
     }
 
     /// The bytes of workspace that the context holds now.
-    public var heldWorkspace: Int { (try? exclusively { (session) throws(MFAError) in session.backend.heldWorkspace }) ?? 0 }
+    public var heldWorkspace: Int { exclusively { $0.heldWorkspace } }
 
     /// Allocates `size` zeroed bytes on this context's device.
     public func makeBuffer(size: Int) throws(MFAError) -> Buffer {

@@ -50,8 +50,8 @@ public struct AttentionProblem {
     /// Whether there is no query row, so that forward has nothing to write.
     public var isEmpty: Bool { batchSize == 0 || seqLenQ == 0 }
 
-    /// The length of logsumexp and the like.
-    public var rowCount: Int { batchSize * numHeads * seqLenQ }
+    /// The length of logsumexp and the like. If one of the sizes is 0, the product of the others may wrap around, and it is 0 all the same.
+    public var rowCount: Int { batchSize &* numHeads &* seqLenQ }
 
     /// The bytes of one statistic.
     public var statisticSize: Int { arithmetic == .fp64 ? 8 : 4 }

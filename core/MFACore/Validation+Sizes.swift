@@ -6,14 +6,15 @@ extension Tensor {
 
     /// How far the units of this tensor reach below and above its first one; nil if that overflows at 8 bytes an element. Has elements.
     var reach: (below: Int, above: Int)? {
+        let limit = Int.max / 8 - 1
         let (shape, strides) = units
         var below = 0
         var above = 0
         for axis in 0..<4 where shape[axis] > 1 {
             let (span, overflow) = (shape[axis] - 1).multipliedReportingOverflow(by: strides[axis])
-            if overflow || span.magnitude > UInt(Int.max / 8) { return nil }
+            if overflow || span.magnitude > UInt(limit) { return nil }
             if span < 0 { below += -span } else { above += span }
-            if below > Int.max / 8 || above > Int.max / 8 { return nil }
+            if below > limit || above > limit { return nil }
         }
         return (below, above)
     }
