@@ -57,8 +57,8 @@ wheels:
 # Remove what was built; .venv stays
 clean:
     rm -rf .build .build-* dist python/src/umfa/libmfa.* python/src/umfa/_mfa_cffi.py .venv/.stamp-umfa
-    rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache
-    find python tests tools docs -name __pycache__ -prune -exec rm -rf {} +
+    rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache umfa-demo.png
+    find bench python tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 # Install what tests and the demo use where it can be had: PyTorch for the CPU, the demo's model
 [private]
