@@ -265,7 +265,9 @@ typedef struct mfa_quantization_scheme {
  */
 typedef struct mfa_attention {
     uint32_t struct_size;                  /* sizeof(mfa_attention_t) */
-    float softmax_scale;                   /* literal; any finite number */
+    int32_t causal;                        /* 1: j <= i + off */
+    double softmax_scale;                  /* literal; any finite number */
+    double softcap;                        /* 0: off; finite, >= 0 */
     const mfa_tensor_t* MFA_CHECKED query; /* [batch, num_heads, seq_len_q, head_dim] */
     const mfa_tensor_t* MFA_CHECKED key;   /* [batch, num_kv_heads, seq_len_kv, head_dim]; num_heads is a multiple of num_kv_heads */
     const mfa_tensor_t* MFA_CHECKED value; /* [batch, num_kv_heads, seq_len_kv, head_dim_v] */
@@ -275,11 +277,9 @@ typedef struct mfa_attention {
 
     const mfa_tensor_t* MFA_NULLABLE mask; /* shape broadcasts to [batch, num_heads, seq_len_q, seq_len_kv] (sizes 1); BOOL: nonzero = attend; a
                                               float type: added to s. NULL: none */
-    int32_t causal;                        /* 1: j <= i + off */
     int32_t alignment;                     /* MFA_ALIGNMENT_*: what off is */
+    uint32_t num_query_offsets;            /* length of query_offsets: 1, or batch, one per sequence; 0 with NULL */
     const int64_t* MFA_NULLABLE query_offsets; /* off itself, in place of alignment; |off| < 2^61; with LOWER_RIGHT an error; NULL: none */
-    uint32_t num_query_offsets;            /* 1, or batch: one per sequence; 0 with NULL */
-    float softcap;                         /* 0: off; finite, >= 0 */
     int64_t window_left;                   /* i + off - window_left <= j; -1: no limit. Not 0: that excludes all earlier keys */
     int64_t window_right;                  /* j <= i + off + window_right; -1: no limit */
     const int64_t* MFA_NULLABLE kv_lengths; /* [batch], each 0 ... seq_len_kv; keys and values beyond are never read. NULL: all are seq_len_kv */
@@ -349,6 +349,20 @@ MFA_API int32_t mfa_attention_workspace_size(mfa_context_t* MFA_CHECKED context,
  * "attention_forward_reference_avx2". Checks as above, without reading data. */
 MFA_API int32_t mfa_attention_kernel_name(mfa_context_t* MFA_CHECKED context, const mfa_attention_t* MFA_CHECKED attention, int32_t operation,
                                           const char* MFA_NULLABLE* MFA_CHECKED name);
+
+/*
+ * Merges two partial results of the same queries over disjoint sets of keys (split K/V, ring attention) into the result over their union:
+ *   logsumexp = log(exp(logsumexp_a) + exp(logsumexp_b)),  output = exp(logsumexp_a - logsumexp) * output_a + the same of b
+ * A part whose logsumexp is -inf is absent: its output is not read for that row. Both absent: 0 and -inf. Sinks belong to one part only.
+ * Outputs are float types in any mix and strides, all of the shape [batch, num_heads, seq_len_q, head_dim_v]; the three logsumexp arrays are
+ * contiguous [batch, num_heads, seq_len_q], of statistics_precision: MFA_PRECISION_FP32 or _FP64, as attention wrote them.
+ * Returns 0; 1; 2; 3 for shapes that differ; 5; 6. Nothing is written on failure.
+ */
+MFA_API int32_t mfa_attention_merge(mfa_context_t* MFA_CHECKED context,
+                                    const mfa_tensor_t* MFA_CHECKED output_a, const void* MFA_CHECKED logsumexp_a,
+                                    const mfa_tensor_t* MFA_CHECKED output_b, const void* MFA_CHECKED logsumexp_b,
+                                    const mfa_tensor_t* MFA_CHECKED output, void* MFA_CHECKED logsumexp,
+                                    int32_t statistics_precision);
 
 /* ---- Quantisation ------------------------------------------------------------------------------------------------------------------- */
 

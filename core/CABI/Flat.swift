@@ -122,7 +122,7 @@ private func forward(
     var request = request(entry, record.call, (record.query, record.key, record.value), query, key, value, logsumexp)
     let outputPrecision = record.query.precision.isFloat ? record.query.precision : .fp32
     request.output = record.call.tensor(output, outputPrecision, tokens: record.call.seqLenQ, transposed: transposeOutput)
-    request.options.softmaxScale = record.softmaxScale
+    request.options.softmaxScale = Double(record.softmaxScale)
     request.options.causal = record.causal
     request.deferred = deferred
     do throws(MFAError) {
@@ -157,7 +157,7 @@ private func backward(
             }
             try check(record)
             attention = request(entry, call, (record.query, record.key, record.value), query, key, value, logsumexp)
-            attention.options.softmaxScale = record.softmaxScale
+            attention.options.softmaxScale = Double(record.softmaxScale)
             attention.options.causal = record.causal
         }
         try session.backward(attention, gradients)

@@ -135,17 +135,27 @@ public final class CPUBackend: Backend {
 
     /// A pass whose workspace is there, and who makes it.
     private func prepare(_ problem: QuantizationProblem) throws(MFAError) -> (QuantizationPass, Team) {
-        func lay(_ base: UnsafeMutableRawPointer?) throws(MFAError) -> (QuantizationPass, Team, Int) {
-            var layout = WorkspaceLayout(base: base)
+        try layOut { (layout) throws(MFAError) in
             let pass = try QuantizationPass("input", from: problem.input, to: problem.output, threads: threads, &layout)
             let team = try Team(threads: threads, items: pass.items, scratchSize: pass.scratchSize, &layout)
-            return (pass, team, layout.size)
+            return (pass, team)
         }
+    }
+
+    /// Threads with scratch memory that is there.
+    func team(items: Int64, scratchSize: Int) throws(MFAError) -> Team {
+        try layOut { (layout) throws(MFAError) in try Team(threads: threads, items: items, scratchSize: scratchSize, &layout) }
+    }
+
+    /// Lays a call out in the workspace: with the memory that is there, which tells how much it needs, and again if that had to grow.
+    private func layOut<Plan>(_ lay: (inout WorkspaceLayout) throws(MFAError) -> Plan) throws(MFAError) -> Plan {
         let guess = workspace.memory
-        var (pass, team, size) = try lay(guess)
-        let memory = try workspace.reserve(size)
-        if memory != guess { (pass, team, size) = try lay(memory) }
-        return (pass, team)
+        var layout = WorkspaceLayout(base: guess)
+        let plan = try lay(&layout)
+        let memory = try workspace.reserve(layout.size)
+        if memory == guess { return plan }
+        var moved = WorkspaceLayout(base: memory)
+        return try lay(&moved)
     }
 }
 

@@ -71,8 +71,8 @@ extension cpu_attention {
         window_left = options.windowLeft
         window_right = options.windowRight
         kv_lengths = options.kvLengths
-        softmax_scale = Double(problem.softmaxScale)
-        softcap = Double(options.softcap)
+        softmax_scale = problem.softmaxScale
+        softcap = options.softcap
         alibi_slopes = options.alibiSlopes
         sinks = options.sinks
         dropout_p = options.dropoutP

@@ -93,6 +93,17 @@ public final class Context: @unchecked Sendable {
     }
 }
 
+extension Context {
+    /// Merges two partial results, over disjoint sets of keys, into that over their union. `statistics`: FP32 or FP64.
+    public func merge(
+        _ a: PartialResult, _ b: PartialResult, into merged: PartialResult, statistics: Precision = .fp32
+    ) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in
+            try session.merge(a, b, into: merged, statistics: statistics, DeferredFailures())
+        }
+    }
+}
+
 /// What a thread can do while it has a context to itself: validate a request, hand it to the backend, and wait for the results.
 package struct Session {
     fileprivate let backend: any Backend
@@ -153,6 +164,13 @@ package struct Session {
 
     package func dequantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {
         try backend.dequantize(try QuantizationProblem(dequantizing: input, into: output, deferred: deferred, reading: backend.arrayAccess))
+        try backend.finish()
+    }
+
+    package func merge(
+        _ a: PartialResult, _ b: PartialResult, into merged: PartialResult, statistics: Precision?, _ deferred: DeferredFailures
+    ) throws(MFAError) {
+        try backend.merge(try MergeProblem(a, b, into: merged, statistics: statistics, deferred: deferred))
         try backend.finish()
     }
 }

@@ -43,7 +43,7 @@ public struct AttentionProblem {
     public let logsumexp: UnsafeMutableRawPointer?
     /// The mask is broadcast by strides of 0.
     public let options: AttentionOptions
-    public let softmaxScale: Float
+    public let softmaxScale: Double
     /// FP64 if an operand is.
     public let arithmetic: Arithmetic
 
@@ -86,7 +86,7 @@ public struct AttentionProblem {
         output = request.output?.normalized()
         logsumexp = request.logsumexp
         arithmetic = request.hasDoubleStatistics ? .fp64 : .fp32
-        softmaxScale = request.options.softmaxScale ?? 1 / Float(query.shape[3]).squareRoot()
+        softmaxScale = request.options.softmaxScale ?? 1 / Double(query.shape[3]).squareRoot()
         var options = request.options
         options.mask = options.mask?.normalized()
         options.windowLeft = min(options.windowLeft, AttentionProblem.widestWindow)

@@ -30,7 +30,7 @@ public struct DeferredFailures: Sendable {
 /// Everything about an attention problem that is neither an operand nor a result. The rules are in docs/numerics.md.
 public struct AttentionOptions {
     /// Multiplies the scores; nil: 1 / sqrt(head_dim).
-    public var softmaxScale: Float?
+    public var softmaxScale: Double?
     /// Broadcasts (sizes 1) to [batch, num_heads, seq_len_q, seq_len_kv]. BOOL: nonzero = attend; a float type: added to the scores.
     public var mask: Tensor?
     /// Row i attends columns up to i + off.
@@ -41,7 +41,7 @@ public struct AttentionOptions {
     public var queryOffsets: UnsafePointer<Int64>?
     public var numQueryOffsets = 0
     /// 0: off.
-    public var softcap: Float = 0
+    public var softcap: Double = 0
     /// -1: no limit on that side.
     public var windowLeft: Int64 = -1
     public var windowRight: Int64 = -1

@@ -42,6 +42,7 @@ public protocol Backend: AnyObject {
     func backward(_ problem: BackwardProblem) throws(MFAError)
     func quantize(_ problem: QuantizationProblem) throws(MFAError)
     func dequantize(_ problem: QuantizationProblem) throws(MFAError)
+    func merge(_ problem: MergeProblem) throws(MFAError)
     /// Waits until all results are written.
     func finish() throws(MFAError)
 

@@ -218,10 +218,12 @@ import Testing
     }
 
     @Test func scalars() throws {
-        for scale in [Float.nan, .infinity] {
+        for scale in [Double.nan, .infinity] {
             try expect(MFA_ERROR_INVALID_ARGUMENT, "`softmax_scale`") { $0.attention.softmax_scale = scale }
         }
-        for softcap in [Float.nan, .infinity, -1] { try expect(MFA_ERROR_INVALID_ARGUMENT, "`softcap`") { $0.attention.softcap = softcap } }
+        for softcap in [Double.nan, .infinity, -1] {
+            try expect(MFA_ERROR_INVALID_ARGUMENT, "`softcap`") { $0.attention.softcap = softcap }
+        }
         for p in [Double.nan, -0.1, 1.1] { try expect(MFA_ERROR_INVALID_ARGUMENT, "`dropout_p`") { $0.attention.dropout_p = p } }
         for window in [Int64(-2), .min] {
             try expect(MFA_ERROR_INVALID_ARGUMENT, "`window_left`") { $0.attention.window_left = window }
