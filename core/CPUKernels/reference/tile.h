@@ -102,6 +102,8 @@ static column_range columns_of_row(const cpu_attention* attention, const head_po
     if (attention->causal) range.last = minimum(range.last, diagonal + 1);
     if (attention->window_right >= 0) range.last = minimum(range.last, diagonal + attention->window_right + 1);
     if (attention->window_left >= 0) range.first = maximum(range.first, diagonal - attention->window_left);
+    /* A row can stand far beyond the keys: without this the empty range would lie there too, and whoever takes its end would walk to it. */
+    range.first = minimum(range.first, position->keys);
     if (range.last < range.first) range.last = range.first;
     return range;
 }
