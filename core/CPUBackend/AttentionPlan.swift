@@ -22,17 +22,18 @@ struct AttentionPlan {
         var kernels: [cpu_attention_kernel] = []
         var fused: [QuantizationPass] = []
         if let scheme = options.quantizeQuery {
-            let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, threads: threads, &layout)
+            let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, table, threads: threads, &layout)
             attention.query = codes.tensor
             fused.append(codes.pass)
         }
         if let scheme = options.quantizeKey {
-            let codes = try FusedOperand("key", problem.key, scheme: scheme, lengths: options.kvLengths, threads: threads, &layout)
+            let codes = try FusedOperand("key", problem.key, scheme: scheme, lengths: options.kvLengths, table, threads: threads, &layout)
             attention.key = codes.tensor
             fused.append(codes.pass)
         }
         if let scheme = options.quantizeValue {
-            let codes = try FusedOperand("value", problem.value, scheme: scheme, lengths: options.kvLengths, threads: threads, &layout)
+            let codes = try FusedOperand(
+                "value", problem.value, scheme: scheme, lengths: options.kvLengths, table, threads: threads, &layout)
             attention.value = codes.tensor
             fused.append(codes.pass)
         }

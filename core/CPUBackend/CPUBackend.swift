@@ -136,7 +136,7 @@ public final class CPUBackend: Backend {
     /// A pass whose workspace is there, and who makes it.
     private func prepare(_ problem: QuantizationProblem) throws(MFAError) -> (QuantizationPass, Team) {
         try layOut { (layout) throws(MFAError) in
-            let pass = try QuantizationPass("input", from: problem.input, to: problem.output, threads: threads, &layout)
+            let pass = try QuantizationPass("input", from: problem.input, to: problem.output, table, threads: threads, &layout)
             let team = try Team(threads: threads, items: pass.items, scratchSize: pass.scratchSize, &layout)
             return (pass, team)
         }

@@ -70,6 +70,8 @@ struct KernelEntry {
 /// The kernels that one context uses.
 struct KernelTable {
     private let entries: [KernelEntry]
+    /// What quantises and dequantises. Its results do not depend on which it is.
+    let quantization: cpu_quantization_kernel
     /// The best instruction set among them.
     let instructionSet: InstructionSet
 
@@ -109,6 +111,14 @@ struct KernelTable {
         return entries
     }
 
+    /// The quantisation kernel for an instruction set.
+    private static func quantization(_ instructionSet: InstructionSet) -> cpu_quantization_kernel {
+        #if arch(x86_64)
+        if instructionSet == .avx2 { return quantization_reference_avx2 }
+        #endif
+        return quantization_reference
+    }
+
     /// The kernels that this processor runs and that `forced` allows: nil for all, the name of a family, or that of the best instruction set
     /// to be used.
     init(forced: String?) throws(MFAError) {
@@ -129,6 +139,7 @@ struct KernelTable {
         let limit = allowed.rawValue
         entries = KernelTable.all().filter { $0.instructionSet.rawValue <= limit && (family == nil || $0.family == family) }
         instructionSet = entries.map(\.instructionSet).max { $0.rawValue < $1.rawValue } ?? .baseline
+        quantization = KernelTable.quantization(instructionSet)
     }
 
     /// The kernel for a step of a problem.

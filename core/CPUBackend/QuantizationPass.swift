@@ -4,16 +4,18 @@ import MFACore
 /// Quantising or dequantising one tensor: what the kernels need, and the workspace for it.
 struct QuantizationPass {
     private let quantization: cpu_quantization
+    private let kernel: cpu_quantization_kernel
     /// One byte a thread: whether it met a value that is not finite.
     private let failures: UnsafeMutablePointer<Bool>
     private let name: StaticString
 
     /// `lengths`: tokens beyond take no part.
     init(
-        _ name: StaticString, from input: Tensor, to output: Tensor, lengths: UnsafePointer<Int64>? = nil, threads: Int32,
-        _ layout: inout WorkspaceLayout
+        _ name: StaticString, from input: Tensor, to output: Tensor, lengths: UnsafePointer<Int64>? = nil,
+        _ table: KernelTable, threads: Int32, _ layout: inout WorkspaceLayout
     ) throws(MFAError) {
         self.name = name
+        kernel = table.quantization
         var quantization = cpu_quantization()
         quantization.batch_size = Int64(input.shape[0])
         quantization.num_heads = Int64(input.shape[1])
@@ -35,9 +37,10 @@ struct QuantizationPass {
     var items: Int64 { quantization.batch_size * quantization.num_heads }
 
     /// The workspace that each thread needs while this pass runs.
-    var scratchSize: Int { withUnsafePointer(to: quantization) { Int(clamping: cpu_quantization_workspace_bytes($0)) } }
+    var scratchSize: Int { withUnsafePointer(to: quantization) { Int(clamping: kernel.workspace_bytes($0)) } }
 
     private struct Work {
+        let kernel: cpu_quantization_kernel
         let quantization: UnsafePointer<cpu_quantization>
         let failures: UnsafeMutablePointer<Bool>
         let team: Team
@@ -48,7 +51,7 @@ struct QuantizationPass {
         failures.initialize(repeating: false, count: Int(team.threads))
         run(team) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
-            if !cpu_quantize_scan(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
+            if !work.kernel.scan(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
         }
         for thread in 0..<Int(team.threads) where failures[thread] {
             throw .argument("`\(name)`: values to be quantised must be finite, as FP32 and after rotation and smoothing")
@@ -59,7 +62,7 @@ struct QuantizationPass {
     func write(_ team: Team) {
         run(team) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
-            cpu_quantize_write(work.quantization, item, work.team.scratch(of: thread))
+            work.kernel.write(work.quantization, item, work.team.scratch(of: thread))
         }
     }
 
@@ -67,12 +70,14 @@ struct QuantizationPass {
     func dequantize(_ team: Team) {
         run(team) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
-            cpu_dequantize(work.quantization, item, work.team.scratch(of: thread))
+            work.kernel.dequantize(work.quantization, item, work.team.scratch(of: thread))
         }
     }
 
     private func run(_ team: Team, _ task: @convention(c) (UnsafeMutableRawPointer?, Int64, Int32) -> Void) {
-        withUnsafePointer(to: quantization) { team.run(items, Work(quantization: $0, failures: failures, team: team), task) }
+        withUnsafePointer(to: quantization) {
+            team.run(items, Work(kernel: kernel, quantization: $0, failures: failures, team: team), task)
+        }
     }
 }
 
@@ -84,8 +89,8 @@ struct FusedOperand {
     let pass: QuantizationPass
 
     init(
-        _ name: StaticString, _ operand: Tensor, scheme: QuantizationScheme, lengths: UnsafePointer<Int64>?, threads: Int32,
-        _ layout: inout WorkspaceLayout
+        _ name: StaticString, _ operand: Tensor, scheme: QuantizationScheme, lengths: UnsafePointer<Int64>?,
+        _ table: KernelTable, threads: Int32, _ layout: inout WorkspaceLayout
     ) throws(MFAError) {
         let shape = operand.shape
         guard let scales = ScaleLayout(scheme.granularity, shape: shape, blockSize: scheme.blockSize, groupSize: scheme.groupSize) else {
@@ -103,6 +108,6 @@ struct FusedOperand {
         let data = try layout.take(shape[0] * shape[1] * shape[2], of: rowBytes)
         let codes = Tensor(data, precision: scheme.precision, shape: shape, layout: .bhsd, quantization: quantization)
         tensor = cpu_tensor(codes)
-        pass = try QuantizationPass(name, from: operand, to: codes, lengths: lengths, threads: threads, &layout)
+        pass = try QuantizationPass(name, from: operand, to: codes, lengths: lengths, table, threads: threads, &layout)
     }
 }

@@ -98,7 +98,7 @@ public struct AttentionProblem {
     static let widestWindow: Int64 = 1 << 62
 }
 
-/// Validated gradients of a problem.
+/// Validated gradients of a problem. Those that are wanted have elements.
 public struct AttentionGradients {
     public let gradOutput: Tensor
     public let gradLogsumexp: UnsafeRawPointer?
@@ -118,12 +118,18 @@ public struct AttentionGradients {
         gradLogsumexp = request.gradLogsumexp
         dValues = request.dValues
         dValuesGiven = request.dValuesGiven
-        gradQuery = request.gradQuery?.normalized()
-        gradKey = request.gradKey?.normalized()
-        gradValue = request.gradValue?.normalized()
-        gradMask = request.gradMask?.normalized()
+        gradQuery = AttentionGradients.unlessEmpty(request.gradQuery)
+        gradKey = AttentionGradients.unlessEmpty(request.gradKey)
+        gradValue = AttentionGradients.unlessEmpty(request.gradValue)
+        gradMask = AttentionGradients.unlessEmpty(request.gradMask)
         gradSinks = request.gradSinks
         gradAlibiSlopes = request.gradAlibiSlopes
+    }
+
+    /// A gradient that has elements to be written, else nil.
+    private static func unlessEmpty(_ gradient: Tensor?) -> Tensor? {
+        guard let gradient, gradient.hasElements else { return nil }
+        return gradient.normalized()
     }
 
     /// Whether a gradient of the mask, the sinks or the slopes is wanted.
@@ -144,7 +150,7 @@ public struct BackwardProblem {
         attention = try AttentionProblem(unwrapping: request)
         gradients = try AttentionGradients(unwrapping: gradientRequest)
         try attention.checkCodes(request.deferred)
-        try gradients.checkCodes(gradientRequest.deferred, of: attention)
+        try gradientRequest.checkCodes(of: attention)
         try attention.checkScalars(reading: access)
         try attention.checkArrays(reading: access)
         try attention.checkOverlap(gradients, writesOutput: false)

@@ -63,10 +63,10 @@ extension AttentionProblem {
     }
 }
 
-extension AttentionGradients {
-    func checkCodes(_ deferred: DeferredFailures, of problem: AttentionProblem) throws(MFAError) {
+extension GradientRequest {
+    func checkCodes(of problem: AttentionProblem) throws(MFAError) {
         try deferred.throwCodes()
-        try gradOutput.checkFloat("grad_output")
+        try gradOutput?.checkFloat("grad_output")
         try gradQuery?.checkFloat("grad_query")
         try gradKey?.checkFloat("grad_key")
         try gradValue?.checkFloat("grad_value")

@@ -209,6 +209,8 @@ import Testing
             $0.attention.num_query_offsets = 1
             $0.attention.alignment = MFA_ALIGNMENT_LOWER_RIGHT
         }
+        try expectBackward(MFA_ERROR_INVALID_ARGUMENT, "`grad_query`") { $0.tensors[6].precision = MFA_PRECISION_INT8 }
+        try expectBackward(MFA_ERROR_INVALID_ARGUMENT, "`grad_mask`") { $0.gradients.grad_mask = UnsafePointer($0.tensors + 6) }
         try expectBackward(MFA_ERROR_INVALID_ARGUMENT, "`grad_sinks`") { $0.gradients.grad_sinks = $0.gradQuery.raw }
         try expectBackward(MFA_ERROR_INVALID_ARGUMENT, "`grad_alibi_slopes`") { $0.gradients.grad_alibi_slopes = $0.gradQuery.raw }
         try expectBackward(MFA_ERROR_INVALID_ARGUMENT, "`d_values_given`") {
@@ -284,6 +286,19 @@ import Testing
             $0.tensors[7] = $0.tensors[1]
             $0.tensors[7].data = $0.gradQuery.raw
             $0.gradients.grad_key = UnsafePointer($0.tensors + 7)
+        }
+    }
+
+    /// Without columns a mask has no elements, nor has its gradient, whatever its strides are.
+    @Test func gradientsWithoutElementsAreNotTouched() throws {
+        try expectBackward(MFA_SUCCESS, "") {
+            $0.tensors[1].shape.2 = 0
+            $0.tensors[2].shape.2 = 0
+            $0.tensors[4].shape = (1, 4, 3, 0)
+            $0.tensors[7] = $0.tensors[4]
+            $0.tensors[7].strides = (1 << 40, 1 << 40, 1 << 40, 1)
+            $0.attention.mask = UnsafePointer($0.tensors + 4)
+            $0.gradients.grad_mask = UnsafePointer($0.tensors + 7)
         }
     }
 
