@@ -33,6 +33,7 @@ def test_the_published_bounds_are_measured(results: list[CheckResult]) -> None:
         ("int8, token scales", "relative RMSE"): 0.016,
         ("int8, default scheme", "relative RMSE"): 0.016,
         ("int4, tensor scales", "absolute RMSE"): 0.02,
+        ("int4, default scheme", "relative RMSE"): 0.15,
     }
 
 

@@ -104,18 +104,64 @@ def test_storage_of_a_tensor__cannot_be_resized_under_it():
 def test_quantize_option__leaves_quantised_operands_alone():
     k, v = umfa.quantize(X), umfa.quantize(X, "int4")
     assert np.array_equal(umfa.attention(X, k, v, quantize="int8"), umfa.attention(umfa.quantize(X), k, v))
-    config = umfa.QuantizationConfig(query=None, key="int8", value=umfa.QuantizationScheme("int4", symmetric=False))
-    expected = umfa.attention(X, umfa.quantize(X), umfa.quantize(X, "int4", symmetric=False))
+    config = umfa.QuantizationConfig(query=None, key="int8", value=umfa.QuantizationScheme("int4", "token"))
+    expected = umfa.attention(X, umfa.quantize(X, smooth=True), umfa.quantize(X, "int4", "token"))
     assert np.array_equal(umfa.attention(X, X, X, quantize=config), expected)
+
+
+def test_quantize_option__as_a_name__is_the_default_scheme_of_each_operand():
+    k, v = umfa.quantize(X, "int4", smooth=True, rotate=True), umfa.quantize(X, "int4")
+    expected = umfa.attention(umfa.quantize(X, "int8", rotate=True), k, v)
+    assert np.array_equal(umfa.attention(X, X, X, quantize="int4"), expected)
+    assert np.array_equal(umfa.attention(X, X, X, quantize=umfa.QuantizationConfig("int8", "int4", "int4")), expected)
+    k, v = umfa.quantize(X, smooth=True, rotate=True), umfa.quantize(X)
+    expected = umfa.attention(umfa.quantize(X, rotate=True), k, v)
+    assert np.array_equal(umfa.attention(X, X, X, quantize="int8"), expected)
+    assert np.array_equal(umfa.attention(X, X, X, quantize=umfa.QuantizationConfig()), expected)
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_quantize_option__as_a_name__follows_the_rotation_of_the_other_operand(dtype, rotate):
+    made = umfa.quantize(X, dtype, rotate=rotate)
+    v = umfa.quantize(X)
+    for config in ("int8", umfa.QuantizationConfig(key=umfa.QuantizationScheme(dtype, rotate=True))):
+        assert np.array_equal(umfa.attention(X, made, X, quantize=config), umfa.attention(umfa.quantize(X, rotate=rotate), made, v))
+    expected = umfa.attention(made, umfa.quantize(X, rotate=rotate, smooth=True), v)
+    assert np.array_equal(umfa.attention(made, X, X, quantize="int8"), expected)
+    config = umfa.QuantizationConfig(query=umfa.QuantizationScheme("int8", rotate=rotate))
+    assert [scheme.rotate for scheme in config.schemes] == [rotate, rotate, False]
+    config = umfa.QuantizationConfig(key=umfa.QuantizationScheme("int8", rotate=rotate))
+    assert [scheme.rotate for scheme in config.schemes] == [rotate, rotate, False]
+    config = umfa.QuantizationConfig(query=umfa.QuantizationScheme("int8", rotate=not rotate))
+    with pytest.raises(umfa.InvalidArgumentError, match="rotation"):
+        umfa.attention(X, made, X, quantize=config)
+
+
+def test_keys_and_values_quantised_by_name__serve_a_float_query():
+    k, v = umfa.quantize(X, "int4"), umfa.quantize(X, "int4")
+    assert k.zero_points is not None
+    expected = umfa.attention(X, k.dequantize(), v.dequantize())
+    np.testing.assert_allclose(umfa.attention(X, k, v), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.53), ("int4", 0.31)])
+def test_keys_and_values_by_default__take_little_memory(dtype, limit):
+    x = np.zeros((1, 8, 1024, 128), np.float32)
+    assert umfa.quantize(x, dtype).nbytes <= limit * 2 * x.size
+    assert umfa.quantize(x, dtype, smooth=True, rotate=True).nbytes <= limit * 2 * x.size
 
 
 def test_schemes__are_values():
     scheme = umfa.QuantizationScheme("int4")
-    assert scheme == umfa.QuantizationScheme("int4", "token")
+    assert scheme == umfa.QuantizationScheme("int4", "token", symmetric=False)
+    assert umfa.QuantizationScheme("int4", "token").symmetric
+    assert umfa.QuantizationScheme("int8") == umfa.QuantizationScheme("int8", "token", symmetric=True)
     assert umfa.QuantizationScheme(granularity="block").block_size == 64
     assert umfa.QuantizationScheme(granularity="group").group_size == 32
     config = umfa.QuantizationConfig("int4", None, scheme)
-    assert config == umfa.QuantizationConfig(scheme, None, "int4")
+    assert config.schemes == (scheme, None, scheme)
+    assert config == umfa.QuantizationConfig("int4", None, umfa.QuantizationScheme("int4"))
     assert pickle.loads(pickle.dumps(config)) == config
     assert hash(config) == hash(copy.deepcopy(config))
     with pytest.raises(umfa.InvalidArgumentError, match="umfa.QuantizationConfig: key"):

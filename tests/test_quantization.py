@@ -321,8 +321,8 @@ def fused_problem(rng, config, **keywords):
     made = problem(rng, sizes, **keywords)
     lengths = keywords.get("kv_lengths")
     operands = []
-    for name in ("query", "key", "value"):
-        operand, scheme = getattr(made, name), getattr(config, name)
+    for name, scheme in zip(("query", "key", "value"), config.schemes):
+        operand = getattr(made, name)
         real = operand.real
         if scheme is not None:
             words = {"symmetric": scheme.symmetric, "smooth": scheme.smooth, "rotated": scheme.rotate}
@@ -342,7 +342,8 @@ def fused_problem(rng, config, **keywords):
 
 CONFIGS = {
     "int8": umfa.QuantizationConfig(),
-    "int4": umfa.QuantizationConfig("int4", "int4", "int4"),
+    "int4": umfa.QuantizationConfig("int8", "int4", "int4"),
+    "int4 queries": umfa.QuantizationConfig("int4", "int4", "int4"),
     "tensor": umfa.QuantizationConfig(*[umfa.QuantizationScheme("int8", "tensor")] * 3),
     "asymmetric": umfa.QuantizationConfig(*[umfa.QuantizationScheme("int8", "token", symmetric=False)] * 3),
     "keys and values": umfa.QuantizationConfig(None, "int8", "int4"),
@@ -423,8 +424,9 @@ def standard_normal():
         (umfa.QuantizationScheme("int8", "token"), 0.002, 0.016),
         ("int8", None, 0.016),
         (umfa.QuantizationScheme("int4", "tensor"), 0.02, None),
+        ("int4", None, 0.15),
     ],
-    ids=["int8 tensor", "int8 token", "int8 default", "int4 tensor"],
+    ids=["int8 tensor", "int8 token", "int8 default", "int4 tensor", "int4 default"],
 )
 def test_attention__quantised_standard_normal_operands__keep_the_promised_error(scheme, absolute, relative, standard_normal):
     operands, exact = standard_normal

@@ -125,6 +125,14 @@ def _operand(function: str, argument: str, array: Any, layout: str, differentiab
     return view
 
 
+def _rotation(query: ArrayView, key: ArrayView) -> bool | None:
+    """Whether the one of query and key that comes quantised is rotated; None if neither does."""
+    for view in (query, key):
+        if view.precision not in FLOATS:
+            return bool(view.quantization and view.quantization.rotated)
+    return None
+
+
 def _prepare(
     function: str,
     workspace: _Workspace,
@@ -194,7 +202,7 @@ def _prepare(
     if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None or type(dropout_offset) is not int or dropout_offset != 0:
         _set_dropout(function, attention, query.framework, dropout_p, seed, dropout_offset, backward)
     if quantize is not None:
-        schemes = QuantizationConfig._structures_of(function, quantize)
+        schemes = QuantizationConfig._structures_of(function, quantize, _rotation(query, key))
         for name, scheme, view in zip(("quantize_query", "quantize_key", "quantize_value"), schemes, problem.views, strict=True):
             if view.precision in FLOATS:
                 setattr(attention, name, scheme)
@@ -466,8 +474,9 @@ def attention(
     layout : {"bhsd", "bshd"}
         Order of the four axes of `q`, `k`, `v`, `out`: heads before tokens (PyTorch) or after them (FlashAttention).
     quantize : {"int8", "int4"} or QuantizationConfig, optional
-        Quantise the float operands on the way in. With scales per tensor, head or channel, or smoothing, a causal result depends on
-        later tokens, within the quantisation error.
+        Quantise the float operands on the way in. ``"int8"`` is ``QuantizationConfig("int8", "int8", "int8")``, ``"int4"`` is
+        ``QuantizationConfig("int8", "int4", "int4")``. With smoothing, which is part of both, or scales per tensor, head or channel, a
+        causal result depends on later tokens, within the quantisation error.
     out : array, optional
         Where to write the result: any float type and strides, not overlapping an input.
     return_lse : bool

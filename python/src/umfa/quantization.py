@@ -20,7 +20,8 @@ _PRECISIONS = {"int8": INT8, "int4": INT4}
 _GRANULARITIES = {
     name: ffi.integer_const(f"MFA_GRANULARITY_{name.upper()}") for name in ("tensor", "head", "token", "block", "channel", "group")
 }
-_DEFAULT_GRANULARITY = {"int8": "token", "int4": "token"}
+# Granularity and symmetry where no granularity is named; docs/quantization.md says why.
+_DEFAULT_SHARING = {"int8": ("token", True), "int4": ("token", False)}
 _DEFAULT_BLOCK_SIZE = 64
 _DEFAULT_GROUP_SIZE = 32
 _LARGEST_UINT32 = 2**32 - 1
@@ -35,13 +36,13 @@ class QuantizationScheme:
     dtype : {"int8", "int4"}
         Codes.
     granularity : {"tensor", "head", "token", "block", "channel", "group"}, optional
-        Which elements share a scale. By default what suits the dtype: ``"token"``.
+        Which elements share a scale. By default what suits the dtype: ``"token"``, for INT4 with zero points.
     block_size : int, optional
         Tokens that share a scale, for ``"block"``; 64 by default.
     group_size : int, optional
         Channels that share a scale, for ``"group"``; 32 by default.
-    symmetric : bool
-        False: with zero points.
+    symmetric : bool, optional
+        False: with zero points. By default True, except for INT4 without a `granularity`.
     smooth : bool
         Subtract each channel's mean over the tokens first (keys only).
     rotate : bool
@@ -52,7 +53,7 @@ class QuantizationScheme:
     granularity: str | None = None
     block_size: int | None = None
     group_size: int | None = None
-    symmetric: bool = True
+    symmetric: bool | None = None
     smooth: bool = False
     rotate: bool = False
 
@@ -80,13 +81,16 @@ def _checked_fields(
 ) -> dict[str, Any]:
     """The fields of a scheme, with the defaults replaced by what they stand for."""
     dtype = choice(function, "dtype", dtype, _PRECISIONS)
-    granularity = _DEFAULT_GRANULARITY[dtype] if granularity is None else choice(function, "granularity", granularity, _GRANULARITIES)
+    default_symmetric = True
+    if granularity is None:
+        granularity, default_symmetric = _DEFAULT_SHARING[dtype]
+    granularity = choice(function, "granularity", granularity, _GRANULARITIES)
     return {
         "dtype": dtype,
         "granularity": granularity,
         "block_size": _size(function, "block", block_size, granularity, _DEFAULT_BLOCK_SIZE),
         "group_size": _size(function, "group", group_size, granularity, _DEFAULT_GROUP_SIZE),
-        "symmetric": bool(flag(function, "symmetric", symmetric)),
+        "symmetric": default_symmetric if symmetric is None else bool(flag(function, "symmetric", symmetric)),
         "smooth": bool(flag(function, "smooth", smooth)),
         "rotate": bool(flag(function, "rotate", rotate)),
     }
@@ -105,8 +109,11 @@ def _size(function: str, kind: str, size: int | None, granularity: str, default:
 class QuantizationConfig:
     """How `attention` quantises its float operands before it computes with them.
 
-    Each operand has a `QuantizationScheme`, or the name of a dtype for that dtype's default scheme, or None: it stays as it is. Operands
-    that come quantised are taken as they are.
+    Each operand has a `QuantizationScheme`, or the name of a dtype, or None: it stays as it is. Operands that come quantised are taken as
+    they are.
+
+    A name stands for the scheme that suits the operand best: scales a token, for INT4 with zero points; keys are smoothed; queries and keys
+    are rotated. Where only one of query and key has a name, its rotation follows the other one, as that comes or as its scheme says.
 
     Parameters
     ----------
@@ -115,7 +122,7 @@ class QuantizationConfig:
 
     Examples
     --------
-    >>> config = umfa.QuantizationConfig(query="int8", key="int4", value=umfa.QuantizationScheme("int4", "token", symmetric=False))
+    >>> config = umfa.QuantizationConfig(query="int8", key="int4", value=umfa.QuantizationScheme("int4", "group", group_size=64))
     >>> output = umfa.attention(q, k, v, quantize=config)
     """
 
@@ -124,32 +131,55 @@ class QuantizationConfig:
     value: QuantizationScheme | str | None = "int8"
 
     def __post_init__(self) -> None:
-        structures = []
         for name in ("query", "key", "value"):
             scheme = getattr(self, name)
             if scheme is not None and not isinstance(scheme, QuantizationScheme):
-                scheme = QuantizationScheme(choice("umfa.QuantizationConfig", name, scheme, _PRECISIONS))
-                object.__setattr__(self, name, scheme)
-            structures.append(NULL if scheme is None else scheme._structure())
-        object.__setattr__(self, "_structures", tuple(structures))
+                choice("umfa.QuantizationConfig", name, scheme, _PRECISIONS)
+        structures = {
+            rotated: tuple(NULL if scheme is None else scheme._structure() for scheme in self._schemes(rotated))
+            for rotated in (None, False, True)
+        }
+        object.__setattr__(self, "_structures", structures)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return QuantizationConfig, (self.query, self.key, self.value)
 
+    @property
+    def schemes(self) -> tuple[QuantizationScheme | None, QuantizationScheme | None, QuantizationScheme | None]:
+        """The schemes of query, key and value when all three come as floats: what the names stand for."""
+        return self._schemes(None)
+
+    def _schemes(self, rotated: bool | None) -> tuple[QuantizationScheme | None, QuantizationScheme | None, QuantizationScheme | None]:
+        """The schemes, where one of query and key comes quantised, rotated or not; None: neither does."""
+
+        def scheme(
+            given: QuantizationScheme | str | None, other: QuantizationScheme | str | None, smooth: bool
+        ) -> QuantizationScheme | None:
+            if not isinstance(given, str):
+                return given
+            rotate = rotated
+            if rotate is None:
+                rotate = other.rotate if isinstance(other, QuantizationScheme) else other is not None
+            return QuantizationScheme(given, smooth=smooth, rotate=rotate)
+
+        value = QuantizationScheme(self.value) if isinstance(self.value, str) else self.value
+        return scheme(self.query, self.key, False), scheme(self.key, self.query, True), value
+
     @staticmethod
-    def _structures_of(function: str, quantize: Any) -> tuple[Any, Any, Any]:
-        """The C schemes of query, key and value that an argument ``quantize=`` of `attention` stands for."""
+    def _structures_of(function: str, quantize: Any, rotated: bool | None = None) -> tuple[Any, Any, Any]:
+        """The C schemes of query, key and value that an argument ``quantize=`` of `attention` stands for; `rotated` as in `_schemes`."""
         if not isinstance(quantize, QuantizationConfig):
             if not isinstance(quantize, str):
                 raise InvalidTypeError(
                     f"{function}: quantize: expected None, 'int8', 'int4' or an umfa.QuantizationConfig, got {describe(quantize)}"
                 )
             quantize = _NAMED_CONFIGS[choice(function, "quantize", quantize, _NAMED_CONFIGS)]
-        structures: tuple[Any, Any, Any] = quantize._structures
+        structures: tuple[Any, Any, Any] = quantize._structures[rotated]
         return structures
 
 
-_NAMED_CONFIGS = {name: QuantizationConfig(name, name, name) for name in _PRECISIONS}
+# Queries are not stored, so INT4 would save nothing there.
+_NAMED_CONFIGS = {"int8": QuantizationConfig("int8", "int8", "int8"), "int4": QuantizationConfig("int8", "int4", "int4")}
 
 
 class QuantizedTensor:
@@ -449,7 +479,7 @@ def quantize(
     granularity: str | None = None,
     block_size: int | None = None,
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     smooth: bool = False,
     rotate: bool = False,
     layout: str = "bhsd",
@@ -463,13 +493,15 @@ def quantize(
     dtype : {"int8", "int4"}
         Codes: symmetric -127 ... 127 and -7 ... 7, asymmetric -128 ... 127 and -8 ... 7.
     granularity : {"tensor", "head", "token", "block", "channel", "group"}, optional
-        Which elements share a scale; the finer, the smaller the error and the larger the scales. By default ``"token"``.
+        Which elements share a scale; the finer, the smaller the error and the larger the scales. By default what suits the dtype:
+        ``"token"``, for INT4 with zero points.
     block_size : int, optional
         Tokens that share a scale, for ``"block"``; 64 by default.
     group_size : int, optional
         Channels that share a scale, for ``"group"``; 32 by default.
-    symmetric : bool
-        False: with zero points, for data that do not lie around 0.
+    symmetric : bool, optional
+        False: with zero points, for data that do not lie around 0 and for few codes. By default True, except for INT4 without a
+        `granularity`.
     smooth : bool
         Subtract each channel's mean over the tokens first, as SageAttention does [1]_. For keys only.
     rotate : bool
