@@ -4,7 +4,7 @@ import CPUKernels
 import MFACore
 
 /// A step of a call that a kernel computes.
-enum Step {
+enum Step: Int, CaseIterable {
     case forward
     case dValues
     case backwardQuery
@@ -69,7 +69,8 @@ struct KernelEntry {
 
 /// The kernels that one context uses.
 struct KernelTable {
-    private let entries: [KernelEntry]
+    /// For each step and arithmetic, in the order of the whole table.
+    private let entries: [[KernelEntry]]
     /// What quantises and dequantises. Its results do not depend on which it is.
     let quantization: cpu_quantization_kernel
     /// The best instruction set among them.
@@ -137,16 +138,21 @@ struct KernelTable {
             }
         }
         let limit = allowed.rawValue
-        entries = KernelTable.all().filter { $0.instructionSet.rawValue <= limit && (family == nil || $0.family == family) }
-        instructionSet = entries.map(\.instructionSet).max { $0.rawValue < $1.rawValue } ?? .baseline
+        var entries = [[KernelEntry]](repeating: [], count: Step.allCases.count * 2)
+        var best = InstructionSet.baseline
+        for entry in KernelTable.all() where entry.instructionSet.rawValue <= limit && (family == nil || entry.family == family) {
+            entries[KernelTable.index(entry.step, entry.arithmetic)].append(entry)
+            if entry.instructionSet.rawValue > best.rawValue { best = entry.instructionSet }
+        }
+        self.entries = entries
+        instructionSet = best
         quantization = KernelTable.quantization(instructionSet)
     }
 
     /// The kernel for a step of a problem.
     func kernel(_ step: Step, for problem: AttentionProblem) throws(MFAError) -> cpu_attention_kernel {
-        for entry in entries where entry.step == step && entry.arithmetic == problem.arithmetic && entry.serves(problem) {
-            return entry.kernel
-        }
+        for entry in entries[KernelTable.index(step, problem.arithmetic)] where entry.serves(problem) { return entry.kernel }
         throw .unsupported("no kernel on this device serves \(step.name) of this problem")
     }
+    private static func index(_ step: Step, _ arithmetic: Arithmetic) -> Int { step.rawValue * 2 + (arithmetic == .fp64 ? 1 : 0) }
 }

@@ -137,16 +137,22 @@ typedef struct cpu_quantization {
     float* _Nullable extremes; /* quantising: [batch * num_heads][2], lowest and highest value, from scan to write; workspace */
 } cpu_quantization;
 
-/* Workspace that a thread needs for any of the three. */
-size_t cpu_quantization_workspace_bytes(const cpu_quantization* _Nonnull quantization);
+/* The three passes of a make. */
+typedef struct cpu_quantization_kernel {
+    const char* _Nonnull name;
+    /* Workspace that a thread needs for any of them. */
+    size_t (*_Nonnull workspace_bytes)(const cpu_quantization* _Nonnull quantization);
+    /* First pass: the item's extremes after rotation and smoothing. False if a value that takes part is not finite. Writes nothing else. */
+    bool (*_Nonnull scan)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
+    /* Second pass, after all scans: the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). */
+    void (*_Nonnull write)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
+    void (*_Nonnull dequantize)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
+} cpu_quantization_kernel;
 
-/* First pass: the item's extremes after rotation and smoothing. False if a value that takes part is not finite. Writes nothing but extremes. */
-bool cpu_quantize_scan(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
-
-/* Second pass, after all scans: writes the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). */
-void cpu_quantize_write(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
-
-void cpu_dequantize(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
+extern const cpu_quantization_kernel quantization_reference;
+#if defined(__x86_64__)
+extern const cpu_quantization_kernel quantization_reference_avx2;
+#endif
 
 /* ---- Merging --------------------------------------------------------------------------------------------------------------------------- */
 

@@ -10,6 +10,7 @@
  * channels, sums over keys in order of the columns within tiles of TILE_COLUMNS. No result depends on threads, on other rows, heads or batches, or on strides.
  * Masked scores are selected, not added; values that are not finite are found by one test a tile and then take a careful path. */
 #include "cpu_kernels.h"
+#include "naming.h"
 
 #include <float.h>
 #include <math.h>
@@ -17,11 +18,6 @@
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi" /* every function that takes or returns a vector is inlined */
-#define KERNEL_NAME_OF(operation, suffix) operation##_##suffix
-#define KERNEL_NAME(operation, suffix) KERNEL_NAME_OF(operation, suffix)
-#define KERNEL_TEXT_OF(text) #text
-#define KERNEL_TEXT(text) KERNEL_TEXT_OF(text)
-
 #if !KERNEL_FP64
 #define KERNEL_WIDE_ROWS KERNEL_NAME(attention_forward_rows, KERNEL_WIDE_SUFFIX)
 #define KERNEL_WIDE_ROWS_BYTES KERNEL_NAME(attention_forward_rows_bytes, KERNEL_WIDE_SUFFIX)

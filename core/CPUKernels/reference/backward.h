@@ -62,11 +62,12 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
     score_tile* tile = &workspace->tile;
     const head_position* at = &tile->position;
     const int64_t rows = tile->rows, pitch = workspace->head_pitch, pitch_v = workspace->head_pitch_v;
+    const cpu_tensor query = score_operand(&attention->query);
     tile->first_row = first_row;
     tile->valid_rows = minimum(rows, attention->seq_len_q - first_row);
     memset(workspace->query, 0, (size_t)(rows * pitch) * sizeof(real));
     memset(workspace->grad_output, 0, (size_t)(rows * pitch_v) * sizeof(real));
-    load_rows(&attention->query, at->b, at->h, first_row, tile->valid_rows, attention->head_dim, workspace->query, pitch);
+    load_rows(&query, at->b, at->h, first_row, tile->valid_rows, attention->head_dim, workspace->query, pitch);
     load_rows(&attention->grad_output, at->b, at->h, first_row, tile->valid_rows, attention->head_dim_v, workspace->grad_output, pitch_v);
     transpose_rows(workspace->query, pitch, tile->valid_rows, attention->head_dim, workspace->query_columns, rows);
     transpose_rows(workspace->grad_output, pitch_v, tile->valid_rows, attention->head_dim_v, workspace->grad_output_columns, rows);
@@ -84,7 +85,8 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
 
 static void load_key_value_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_column, int64_t columns) {
     const head_position* at = &workspace->tile.position;
-    load_rows(&attention->key, at->b, at->kv_head, first_column, columns, attention->head_dim, workspace->key, workspace->head_pitch);
+    const cpu_tensor key = score_operand(&attention->key);
+    load_rows(&key, at->b, at->kv_head, first_column, columns, attention->head_dim, workspace->key, workspace->head_pitch);
     load_rows(&attention->value, at->b, at->kv_head, first_column, columns, attention->head_dim_v, workspace->value,
               workspace->head_pitch_v);
 }
@@ -255,6 +257,7 @@ static void backward_query_run(const cpu_attention* attention, int64_t item, voi
         for (int64_t channel = 0; channel < head_dim; channel++) {
             workspace.output[channel] = workspace.grad_query[channel * rows + row] * (real)attention->softmax_scale;
         }
+        leave_score_space(&attention->query, workspace.output, head_dim);
         store_row(&attention->grad_query, at->b, at->h, first_row + row, head_dim, workspace.output);
     }
 }
@@ -324,6 +327,7 @@ static void backward_key_value_run(const cpu_attention* attention, int64_t item,
     for (int64_t k = 0; k < stored; k++) {
         real* grad_key = workspace.grad_key + k * pitch;
         for (int64_t channel = 0; channel < attention->head_dim; channel++) grad_key[channel] *= (real)attention->softmax_scale;
+        leave_score_space(&attention->key, grad_key, attention->head_dim);
         if (attention->grad_key.data) store_row(&attention->grad_key, b, kv_head, first_column + k, attention->head_dim, grad_key);
         if (attention->grad_value.data) {
             store_row(&attention->grad_value, b, kv_head, first_column + k, attention->head_dim_v, workspace.grad_value + k * pitch_v);

@@ -190,7 +190,8 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     tile->rows = round_up(valid_rows, LANES);
     const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v, rows = tile->rows;
 
-    load_rows(&attention->query, at->b, at->h, first_row, valid_rows, head_dim, workspace.rows, head_dim);
+    const cpu_tensor query = score_operand(&attention->query), key = score_operand(&attention->key);
+    load_rows(&query, at->b, at->h, first_row, valid_rows, head_dim, workspace.rows, head_dim);
     transpose_rows(workspace.rows, head_dim, valid_rows, head_dim, workspace.query, rows);
     for (int64_t row = 0; row < rows; row++) {
         workspace.highest[row] = -(real)INFINITY;
@@ -204,7 +205,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     column_range range = columns_of_rows(attention, at, first_row, valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
         if (!place_score_tile(attention, tile, column)) continue;
-        load_rows(&attention->key, at->b, at->kv_head, column, tile->columns, head_dim, workspace.key, head_dim);
+        load_rows(&key, at->b, at->kv_head, column, tile->columns, head_dim, workspace.key, head_dim);
         load_rows(&attention->value, at->b, at->kv_head, column, tile->columns, head_dim_v, workspace.value, head_dim_v);
         multiply(tile->columns, rows, head_dim, workspace.key, head_dim, 1, workspace.query, rows, tile->scores, rows, false);
         finish_scores(attention, tile);

@@ -125,6 +125,25 @@ static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t fi
     for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
 }
 
+/* Query or key as scores may use it. Both carry the same rotation, which leaves dot products as they are: where rows are FP32 it need not be
+ * undone, only gradients have to be rotated back. */
+static cpu_tensor score_operand(const cpu_tensor* tensor) {
+    cpu_tensor operand = *tensor;
+#if !KERNEL_FP64
+    operand.rotated = false;
+#endif
+    return operand;
+}
+
+/* Takes a gradient in the space of score_operand() back to that of the tensor. */
+static void leave_score_space(const cpu_tensor* tensor, real* row, int64_t channels) {
+#if KERNEL_FP64
+    (void)tensor, (void)row, (void)channels;
+#else
+    if (tensor->rotated) rotate_row(row, channels);
+#endif
+}
+
 /* The transpose of tile[rows][channels] into [channels][padded_rows]; the padding is 0. */
 static void transpose_rows(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* transposed, int64_t padded_rows) {
     for (int64_t channel = 0; channel < channels; channel++) {

@@ -1,14 +1,21 @@
-/* Quantising and dequantising: docs/numerics.md defines the results bit by bit.
+/* Quantising and dequantising: docs/numerics.md defines the results bit by bit, so they are the same for every instruction set.
+ *
+ * A template, like attention.h: the quantization_reference*.c files beside it instantiate it with KERNEL_SUFFIX and KERNEL_TARGET.
  *
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
  * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone. */
 #include "cpu_kernels.h"
-
-#include "conversion.h"
+#include "naming.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
+
+#ifdef KERNEL_TARGET
+#pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
+#endif
+
+#include "../conversion.h"
 
 /* Every FP32 operation of this file is one rounding. */
 #pragma clang fp contract(off)
@@ -29,7 +36,7 @@ typedef struct row_workspace {
 
 enum { WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + 6 * sizeof(float) + sizeof(int8_t) };
 
-size_t cpu_quantization_workspace_bytes(const cpu_quantization* quantization) {
+static size_t workspace_bytes(const cpu_quantization* quantization) {
     return (size_t)quantization->head_dim * WORKSPACE_BYTES_PER_CHANNEL;
 }
 
@@ -300,7 +307,7 @@ static void write_band(const quantization_item* item, int64_t first, int64_t las
 
 /* ---- Passes -------------------------------------------------------------------------------------------------------------------------- */
 
-bool cpu_quantize_scan(const cpu_quantization* quantization, int64_t index, void* workspace) {
+static bool quantize_scan(const cpu_quantization* quantization, int64_t index, void* workspace) {
     quantization_item item = make_item(quantization, index, workspace);
     if (quantization->output.channel_means != NULL) {
         smooth_item(&item, item.work.means);
@@ -316,7 +323,7 @@ bool cpu_quantize_scan(const cpu_quantization* quantization, int64_t index, void
     return isfinite(range.lowest) && isfinite(range.highest);
 }
 
-void cpu_quantize_write(const cpu_quantization* quantization, int64_t index, void* workspace) {
+static void quantize_write(const cpu_quantization* quantization, int64_t index, void* workspace) {
     quantization_item item = make_item(quantization, index, workspace);
     const cpu_tensor* output = &quantization->output;
     if (output->channel_means != NULL) {
@@ -348,10 +355,22 @@ void cpu_quantize_write(const cpu_quantization* quantization, int64_t index, voi
     }
 }
 
-void cpu_dequantize(const cpu_quantization* quantization, int64_t index, void* workspace) {
+static void dequantize(const cpu_quantization* quantization, int64_t index, void* workspace) {
     const quantization_item item = make_item(quantization, index, workspace);
     for (int64_t s = 0; s < item.tokens; ++s) {
         load_row_float(&quantization->input, item.b, item.h, s, item.channels, item.work.row);
         store_row_float(&quantization->output, item.b, item.h, s, item.channels, item.work.row);
     }
 }
+
+#ifdef KERNEL_TARGET
+#pragma clang attribute pop
+#endif
+
+const cpu_quantization_kernel KERNEL_NAME(quantization, KERNEL_SUFFIX) = {
+    .name = "quantization_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .workspace_bytes = workspace_bytes,
+    .scan = quantize_scan,
+    .write = quantize_write,
+    .dequantize = dequantize,
+};

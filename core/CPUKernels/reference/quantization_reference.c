@@ -1,0 +1,2 @@
+#define KERNEL_SUFFIX reference
+#include "quantization.h"
