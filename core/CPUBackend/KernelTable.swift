@@ -154,5 +154,6 @@ struct KernelTable {
         for entry in entries[KernelTable.index(step, problem.arithmetic)] where entry.serves(problem) { return entry.kernel }
         throw .unsupported("no kernel on this device serves \(step.name) of this problem")
     }
+
     private static func index(_ step: Step, _ arithmetic: Arithmetic) -> Int { step.rawValue * 2 + (arithmetic == .fp64 ? 1 : 0) }
 }
