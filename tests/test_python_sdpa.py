@@ -133,23 +133,6 @@ def test_dropout__draws_from_torchs_generator(sdpa):
     assert sdpa(five.transpose(0, 1), five.transpose(0, 1), five.transpose(0, 1), dropout_p=0.5).isfinite().all()
 
 
-def test_requires_grad__is_refused_in_grad_mode_only(sdpa):
-    plain = torch.randn(2, 4, 6)
-    leaf = torch.randn(2, 4, 6, requires_grad=True)
-    for operands in (
-        (leaf, plain, plain),
-        (plain, leaf, plain),
-        (plain, plain, leaf * 2),
-        (plain, plain, plain, torch.zeros(4, 4, requires_grad=True)),
-    ):
-        with pytest.raises(NotImplementedError, match=r"umfa.MetalSDPA: \w+: .*no_grad"):
-            sdpa(*operands)
-    with torch.no_grad():
-        assert not sdpa(leaf, leaf, leaf).requires_grad
-    with torch.inference_mode():
-        sdpa(leaf, leaf, leaf)
-
-
 def test_other_devices__are_refused(sdpa):
     plain, far = torch.randn(2, 4, 6), torch.empty(2, 4, 6, device="meta")
     for operands in ((far, far, far), (plain, far, plain), (plain, plain, plain, torch.empty(4, 4, device="meta"))):

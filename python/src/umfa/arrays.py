@@ -33,9 +33,10 @@ __all__ = [
     "Framework",
     "allocate",
     "framework_named",
+    "is_recorded",
+    "is_tensor",
     "numpy_of",
     "precision_name",
-    "refuse_gradient",
     "view_of",
 ]
 
@@ -170,14 +171,20 @@ def numpy_of(function: str, argument: str, view: ArrayView) -> np.ndarray[Any, A
     return shared
 
 
-def refuse_gradient(function: str, argument: str, view: ArrayView) -> None:
-    """Refuse a tensor whose gradient PyTorch would record, because this call would not be recorded."""
-    if view.framework is NUMPY or not view.array.requires_grad or not _torch_framework().torch.is_grad_enabled():
-        return
-    raise UnsupportedError(
-        f"{function}: {argument}: expected a tensor that does not require grad, got one that does, in grad mode. Gradients do not flow"
-        f" through this function yet: use torch.no_grad() or {argument}.detach(), and umfa.attention_backward for gradients"
-    )
+def is_tensor(array: Any) -> bool:
+    """Whether this is a PyTorch tensor."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
+
+
+def is_recorded(*arrays: Any) -> bool:
+    """Whether PyTorch's autograd follows what is computed from one of these: it requires grad, or forward-mode derivatives are in use."""
+    if not any(is_tensor(array) for array in arrays):
+        return False
+    torch = _torch_framework().torch
+    if torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(is_tensor(array) and array.requires_grad for array in arrays)
 
 
 # ---- NumPy -----------------------------------------------------------------------------------------------------------------------------
@@ -464,13 +471,12 @@ def _read_buffer(function: str, argument: str, array: Any) -> ArrayView:
 def _reader_for(function: str, argument: str, array: Any) -> _Reader:
     """The adapter for a type that is seen for the first time."""
     kind = type(array)
-    torch = sys.modules.get("torch")
     reader: _Reader
     if isinstance(array, np.ndarray):
         reader = _read_numpy_subclass
-    elif torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
+    elif is_tensor(array):
         framework = _torch_framework()
-        reader = framework.read if kind is torch.Tensor else framework.read_subclass
+        reader = framework.read if kind is framework.torch.Tensor else framework.read_subclass
     elif hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__"):
         reader = _read_dlpack
     elif _has_buffer(array):

@@ -11,9 +11,23 @@ import numpy as np
 from umfa._layouts import LAYOUTS, axes_in, four_dimensional, statistics_shape
 from umfa._library import NULL, ffi, lib
 from umfa._scalars import attribute, choice, describe, flag, integer, real
-from umfa.arrays import BOOL, FLOATS, FP32, FP64, INT8, NUMPY, ArrayView, Framework, numpy_of, precision_name, refuse_gradient, view_of
+from umfa.arrays import (
+    BOOL,
+    FLOATS,
+    FP32,
+    FP64,
+    INT8,
+    NUMPY,
+    ArrayView,
+    Framework,
+    is_recorded,
+    is_tensor,
+    numpy_of,
+    precision_name,
+    view_of,
+)
 from umfa.context import MFAContext, context_for
-from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError, MFAError
+from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError, MFAError, UnsupportedError
 from umfa.quantization import QuantizationConfig, QuantizedTensor
 
 __all__ = ["attention", "attention_backward", "flash_attention_forward"]
@@ -82,7 +96,7 @@ class _Options(NamedTuple):
 class _Problem:
     """What `_prepare` found out, and all memory that the structures point into."""
 
-    __slots__ = ("axes", "keepalive", "layout", "mask", "output_precision", "query", "sizes", "statistics", "vectors", "views")
+    __slots__ = ("axes", "keepalive", "layout", "mask", "output_precision", "query", "seed", "sizes", "statistics", "vectors", "views")
 
     axes: int
     keepalive: list[Any]
@@ -90,6 +104,7 @@ class _Problem:
     mask: ArrayView | None
     output_precision: int
     query: ArrayView
+    seed: int
     sizes: tuple[int, ...]
     statistics: int
     vectors: dict[str, Any]
@@ -107,7 +122,7 @@ def _set(tensor: Any, view: ArrayView, layout: str) -> tuple[int, ...]:
     return sizes
 
 
-def _operand(function: str, argument: str, array: Any, layout: str, differentiable: bool) -> ArrayView:
+def _operand(function: str, argument: str, array: Any, layout: str) -> ArrayView:
     """The view of query, key or value."""
     if isinstance(array, QuantizedTensor):
         if array.layout != layout and len(array.shape) == 4:
@@ -120,8 +135,6 @@ def _operand(function: str, argument: str, array: Any, layout: str, differentiab
         hint = "; INT4 codes come as an umfa.QuantizedTensor" if view.precision != BOOL else ""
         got = precision_name(view.precision)
         raise InvalidTypeError(f"{function}: {argument}: expected dtype float32, float16, bfloat16, float64 or int8, got {got}{hint}")
-    if not differentiable and view.framework is not NUMPY:
-        refuse_gradient(function, argument, view)
     return view
 
 
@@ -150,9 +163,9 @@ def _prepare(
     attention = workspace.attention
     ffi.memmove(attention, workspace.blank, _ATTENTION_SIZE)
 
-    query = _operand(function, names[0], q, layout, backward)
-    key = _operand(function, names[1], k, layout, backward)
-    value = _operand(function, names[2], v, layout, backward)
+    query = _operand(function, names[0], q, layout)
+    key = _operand(function, names[1], k, layout)
+    value = _operand(function, names[2], v, layout)
     axes = len(query.shape)
     for argument, view in zip(names[:3], (query, key, value), strict=True):
         if not 2 <= len(view.shape) <= 4:
@@ -180,7 +193,7 @@ def _prepare(
     else:
         attention.softmax_scale = real(function, "scale", scale)
     if mask is not None:
-        _set_mask(function, names[3], workspace, problem, mask, backward)
+        _set_mask(function, names[3], workspace, problem, mask)
     if causal is not False:
         _set_causal(function, attention, causal)
     if window is not None:
@@ -196,11 +209,12 @@ def _prepare(
         attention.num_query_offsets = offsets.size
     for name, vector in (("alibi_slopes", alibi_slopes), ("sinks", sinks)):
         if vector is not None:
-            numbers = _reals(function, name, vector, heads, problem.statistics, backward)
+            numbers = _reals(function, name, vector, heads, problem.statistics)
             problem.vectors[name] = vector
             setattr(attention, name, _point(keepalive, "void *", numbers))
     if type(dropout_p) is not float or dropout_p != 0.0 or seed is not None or type(dropout_offset) is not int or dropout_offset != 0:
         _set_dropout(function, attention, query.framework, dropout_p, seed, dropout_offset, backward)
+    problem.seed = attention.seed
     if quantize is not None:
         schemes = QuantizationConfig._structures_of(function, quantize, _rotation(query, key))
         for name, scheme, view in zip(("quantize_query", "quantize_key", "quantize_value"), schemes, problem.views, strict=True):
@@ -210,12 +224,10 @@ def _prepare(
     return problem
 
 
-def _set_mask(function: str, argument: str, workspace: _Workspace, problem: _Problem, mask: Any, backward: bool) -> None:
+def _set_mask(function: str, argument: str, workspace: _Workspace, problem: _Problem, mask: Any) -> None:
     view = view_of(function, argument, mask)
     if view.precision not in FLOATS and view.precision != BOOL:
         raise InvalidTypeError(f"{function}: {argument}: expected dtype bool or a float type, got {precision_name(view.precision)}")
-    if not backward and view.framework is not NUMPY:
-        refuse_gradient(function, argument, view)
     missing = problem.axes - len(view.shape)
     if missing < 0:
         raise InvalidDimensionsError(f"{function}: {argument}: expected at most {problem.axes} axes, got shape {tuple(view.shape)}")
@@ -284,7 +296,7 @@ def _small_array(function: str, argument: str, values: Any, expected: str) -> An
     """A NumPy array of a few numbers, however they come."""
     if attribute(values, "requires_grad") is True:
         values = values.detach()
-    if type(values).__module__.startswith("torch") and str(attribute(values, "dtype")) == "torch.bfloat16":
+    if is_tensor(values) and str(values.dtype) == "torch.bfloat16":
         values = values.float()  # NumPy has no bfloat16 of its own
     if isinstance(values, (str, bytes)):
         raise InvalidTypeError(f"{function}: {argument}: expected {expected}, got {describe(values)}")
@@ -317,11 +329,9 @@ def _query_offsets(function: str, query_offset: Any, batch: int) -> Any:
     return _integers(function, "query_offset", query_offset, shape, InvalidArgumentError).reshape(-1)
 
 
-def _reals(function: str, argument: str, values: Any, heads: int, precision: int, backward: bool) -> Any:
+def _reals(function: str, argument: str, values: Any, heads: int, precision: int) -> Any:
     """Slopes or sinks as the library takes them: contiguous, float32, or float64 with float64 operands."""
     expected = f"real numbers of shape ({heads},)"
-    if not backward and type(values) is not list and not isinstance(values, np.ndarray):
-        _refuse_small_gradient(function, argument, values)
     array = _small_array(function, argument, values, expected)
     if array.dtype.kind not in "iuf" and array.dtype.name != "bfloat16" and array.size:
         raise InvalidTypeError(f"{function}: {argument}: expected {expected}, got dtype {array.dtype}")
@@ -329,11 +339,6 @@ def _reals(function: str, argument: str, values: Any, heads: int, precision: int
         raise InvalidDimensionsError(f"{function}: {argument}: expected {expected}, one a query head, got shape {array.shape}")
     with np.errstate(over="ignore"):
         return np.require(array, np.float64 if precision == FP64 else np.float32, "C")
-
-
-def _refuse_small_gradient(function: str, argument: str, values: Any) -> None:
-    if attribute(values, "requires_grad") is True:
-        refuse_gradient(function, argument, view_of(function, argument, values))
 
 
 def _writable(function: str, argument: str, array: Any, problem: _Problem) -> ArrayView:
@@ -344,8 +349,6 @@ def _writable(function: str, argument: str, array: Any, problem: _Problem) -> Ar
     if not view.writable:
         raise InvalidArgumentError(f"{function}: {argument}: expected an array that may be written, got a read-only one")
     _same_axes(function, argument, view, problem)
-    if view.framework is not NUMPY:
-        refuse_gradient(function, argument, view)
     return view
 
 
@@ -370,7 +373,7 @@ def _statistics(function: str, argument: str, array: Any, problem: _Problem) -> 
 
 def _forward(
     function: str,
-    context: MFAContext,
+    context: MFAContext | None,
     q: Any,
     k: Any,
     v: Any,
@@ -381,6 +384,35 @@ def _forward(
     names: tuple[str, str, str, str] = _NAMES,
 ) -> Any:
     """What `attention` does; `names` are those of its arguments to the user."""
+    with_lse = return_lse is not False and flag(function, "return_lse", return_lse)
+    if is_recorded(q, k, v, options.mask, options.alibi_slopes, options.sinks, out):
+        if out is not None:
+            raise UnsupportedError(
+                f"{function}: out: expected None where an input or `out` itself requires grad, in grad mode, as autograd cannot follow what"
+                f" is written into an array; use the result, or torch.no_grad()"
+            )
+        from umfa import _autograd  # imports PyTorch, which is there
+
+        result, lse = _autograd.attention(function, context, q, k, v, layout, options, names)
+    else:
+        result, lse, _ = _compute(function, context, q, k, v, layout, options, out, with_lse, names)
+    return (result, lse) if with_lse else result
+
+
+def _compute(
+    function: str,
+    context: MFAContext | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    layout: str,
+    options: _Options,
+    out: Any,
+    with_lse: bool | int,
+    names: tuple[str, str, str, str],
+) -> tuple[Any, Any, int]:
+    """The result, its logsumexp (None unless asked for) and the seed that was used. What is computed, autograd does not see."""
+    context = context_for(function, context)
     try:
         workspace = _idle.pop()
     except IndexError:
@@ -395,7 +427,7 @@ def _forward(
         view = _writable(function, "out", out, problem)
     _set(workspace.output, view, layout)
     lse = None
-    if return_lse is not False and flag(function, "return_lse", return_lse):
+    if with_lse:
         lse = framework.empty(function, statistics_shape(problem.sizes, problem.axes), problem.statistics)
         lse_view = view_of(function, "lse", lse)
         workspace.attention.logsumexp = lse_view.pointer
@@ -403,7 +435,7 @@ def _forward(
     _idle.append(workspace)
     if out is not None:
         view.framework.written(out)
-    return result if lse is None else (result, lse)
+    return result, lse, problem.seed
 
 
 def attention(
@@ -434,6 +466,10 @@ def attention(
     ``softmax(scale * q @ k^T + mask) @ v`` by the algorithm of FlashAttention [1]_, with the options below. Arrays may be NumPy's
     (bfloat16: `ml_dtypes`), PyTorch's on the CPU, or DLPack producers, in any mix and of any strides, and are used where they lie, without
     a copy. The result comes back as what `q` was.
+
+    PyTorch's autograd follows it: where `q`, `k`, `v`, `mask`, `alibi_slopes` or `sinks` is a tensor that requires grad, in grad mode, the
+    result and `lse` have gradients, of first order. Those that pass quantised operands are straight-through. Inputs that are not tensors are
+    read again in backward, so leave them as they are until then; that tensors were left so, PyTorch checks.
 
     Parameters
     ----------
@@ -478,7 +514,7 @@ def attention(
         ``QuantizationConfig("int8", "int4", "int4")``. With smoothing, which is part of both, or scales per tensor, head or channel, a
         causal result depends on later tokens, within the quantisation error.
     out : array, optional
-        Where to write the result: any float type and strides, not overlapping an input.
+        Where to write the result: any float type and strides, not overlapping an input. Not where gradients are recorded.
     return_lse : bool
         Also return the logsumexp of each row's scores, which `attention_backward` needs.
     context : MFAContext, optional
@@ -502,7 +538,7 @@ def attention(
     InvalidTypeError
         For types and dtypes that are not allowed.
     UnsupportedError
-        For a tensor that is not on the CPU or that requires grad in grad mode, and for what the device does not serve.
+        For a tensor that is not on the CPU, `out` together with gradients, and for what the device does not serve.
     InvalidContextError
         If the context is closed.
     OutOfMemoryError
@@ -523,7 +559,7 @@ def attention(
     options = _Options(
         mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize
     )
-    return _forward(function, context_for(function, context), q, k, v, layout, options, out, return_lse)
+    return _forward(function, context, q, k, v, layout, options, out, return_lse)
 
 
 def flash_attention_forward(
@@ -661,8 +697,25 @@ def attention_backward(
     options = _Options(
         mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize
     )
+    return _backward(function, context, grad_out, q, k, v, out, lse, layout, options, grad_lse, _gradient_names(function, gradients))
+
+
+def _backward(
+    function: str,
+    context: MFAContext | None,
+    grad_out: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    layout: str,
+    options: _Options,
+    grad_lse: Any,
+    gradients: tuple[str, ...],
+) -> tuple[Any, ...]:
+    """What `attention_backward` does."""
     context = context_for(function, context)
-    names = _gradient_names(function, gradients)
     try:
         workspace = _idle.pop()
     except IndexError:
@@ -683,11 +736,11 @@ def attention_backward(
     if grad_lse is not None:
         request.grad_logsumexp = _statistics(function, "grad_lse", grad_lse, problem)
 
-    results = [_gradient(function, name, workspace, problem, request) for name in names]
+    results = [_gradient(function, name, workspace, problem, request) for name in gradients]
     context.call(function, lib.mfa_attention_run_backward, workspace.attention, request)
     _idle.append(workspace)
     return tuple(
-        _like(result, problem.vectors[name]) if name in problem.vectors else result for name, result in zip(names, results, strict=True)
+        _like(result, problem.vectors[name]) if name in problem.vectors else result for name, result in zip(gradients, results, strict=True)
     )
 
 
@@ -744,7 +797,7 @@ def _like(result: Any, vector: Any) -> Any:
     """The gradient of slopes or sinks as what these were."""
     if isinstance(vector, np.ndarray):
         return result.astype(vector.dtype, copy=False) if vector.dtype.kind == "f" or vector.dtype.name == "bfloat16" else result
-    if type(vector).__module__.startswith("torch"):
+    if is_tensor(vector):
         view = view_of("umfa.attention_backward", "gradients", vector)
         tensor = view.framework.from_numpy(result)
         return tensor.to(vector.dtype) if vector.dtype.is_floating_point else tensor

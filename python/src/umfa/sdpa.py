@@ -6,9 +6,9 @@ import sys
 from typing import Any
 
 from umfa._scalars import describe, flag
-from umfa.arrays import refuse_gradient, view_of
+from umfa.arrays import is_recorded, view_of
 from umfa.attention import _forward, _Options
-from umfa.context import MFAContext, context_for
+from umfa.context import MFAContext
 from umfa.errors import InvalidDimensionsError, InvalidTypeError, OutOfMemoryError
 from umfa.quantization import QuantizationConfig
 
@@ -21,11 +21,12 @@ _NAMES = ("query", "key", "value", "attn_mask")
 class MetalSDPA:
     """A function with the signature of ``torch.nn.functional.scaled_dot_product_attention``.
 
-    Nothing is installed into PyTorch: call it where you would call that function. It differs in that
+    Nothing is installed into PyTorch: call it where you would call that function. Autograd follows it, as it follows `attention`. Where
+    PyTorch's own back ends disagree with each other, it is always the same:
 
-    * a mask and `is_causal` may be given together, and then both apply;
-    * keys and values that are masked never reach the result, not even a NaN;
-    * gradients do not flow through it yet: a tensor that requires grad is refused in grad mode.
+    * a mask and `is_causal` may be given together, and then both apply (PyTorch: some back ends refuse that, others apply one);
+    * the result of a row whose columns are all masked is 0, and so are its gradients (not NaN);
+    * keys and values that are masked never reach the result or a gradient, not even a NaN.
 
     Parameters
     ----------
@@ -92,7 +93,7 @@ class MetalSDPA:
         InvalidDimensionsError
             For shapes that do not match; without `enable_gqa` also for head counts that differ.
         UnsupportedError
-            For a tensor that is not on the CPU, or that requires grad in grad mode.
+            For a tensor that is not on the CPU.
         MFAError
             As `attention`.
         """
@@ -108,8 +109,7 @@ class MetalSDPA:
                 raise InvalidTypeError(f"{_FUNCTION}: {argument}: expected dtype {query.dtype} like query, got {tensor.dtype}")
             if argument != "attn_mask" and tensor.dim() < 2:
                 raise InvalidDimensionsError(f"{_FUNCTION}: {argument}: expected at least 2 axes, got shape {tuple(tensor.shape)}")
-            view = view_of(_FUNCTION, argument, tensor)
-            refuse_gradient(_FUNCTION, argument, view)
+            view_of(_FUNCTION, argument, tensor)
         causal = bool(flag(_FUNCTION, "is_causal", is_causal))
         grouped = bool(flag(_FUNCTION, "enable_gqa", enable_gqa))
 
@@ -119,7 +119,6 @@ class MetalSDPA:
             if attn_mask.dim() > axes:
                 raise InvalidDimensionsError(f"{_FUNCTION}: attn_mask: expected at most {axes} axes, got shape {tuple(attn_mask.shape)}")
             attn_mask = attn_mask[(None,) * (axes - attn_mask.dim())]
-        context = context_for(_FUNCTION, self.context)
         options = _Options(
             mask=attn_mask,
             causal=causal,
@@ -139,14 +138,48 @@ class MetalSDPA:
             missing = (None,) * (4 - axes)
             if attn_mask is not None:
                 options = options._replace(mask=attn_mask[missing])
-            result = _forward(_FUNCTION, context, query[missing], key[missing], value[missing], "bhsd", options, None, False, _NAMES)
+            result = self._attention(query[missing], key[missing], value[missing], options, None)
             return result.view(result.shape[4 - axes :])
+        if is_recorded(query, key, value, attn_mask):
+            return self._over_batches(query, key, value, options, None)
         try:
             result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="cpu")
         except RuntimeError as error:
             raise OutOfMemoryError(f"{_FUNCTION}: no memory for the result: {error}") from None
-        _run(context, query, key, value, options, result)
-        return result
+        return self._over_batches(query, key, value, options, result)
+
+    def _attention(self, query: Any, key: Any, value: Any, options: _Options, out: Any) -> Any:
+        return _forward(_FUNCTION, self.context, query, key, value, "bhsd", options, out, False, _NAMES)
+
+    def _over_batches(self, query: Any, key: Any, value: Any, options: _Options, out: Any) -> Any:
+        """Attention on tensors of equal batch axes, into `out` or, if that is None, new memory.
+
+        The operands are not copied: axes that are one in memory become one, over others runs a loop.
+        """
+        if query.dim() == 4:
+            return self._attention(query, key, value, options, out)
+        mask = options.mask
+        batches = query.shape[:2]
+        try:
+            merged_query, merged_key, merged_value = (_merged(tensor) for tensor in (query, key, value))
+            if mask is not None:
+                one = mask.shape[0] == mask.shape[1] == 1
+                mask = _merged(mask if one else mask.expand(*batches, *mask.shape[2:]))
+        except RuntimeError:
+            parts = [
+                self._over_batches(
+                    query[index],
+                    key[index],
+                    value[index],
+                    options if mask is None else options._replace(mask=mask[index if mask.shape[0] > 1 else 0]),
+                    None if out is None else out[index],
+                )
+                for index in range(batches[0])
+            ]
+            return sys.modules["torch"].stack(parts) if out is None else out
+        options = options._replace(mask=mask)
+        result = self._over_batches(merged_query, merged_key, merged_value, options, None if out is None else _merged(out))
+        return result.unflatten(0, batches) if out is None else out
 
 
 def _broadcast(torch: Any, query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, Any]:
@@ -167,26 +200,6 @@ def _broadcast(torch: Any, query: Any, key: Any, value: Any, grouped: bool) -> t
 
 def _shapes(*tensors: Any) -> str:
     return ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-
-
-def _run(context: MFAContext, query: Any, key: Any, value: Any, options: _Options, out: Any) -> None:
-    """Attention on tensors of equal batch axes, without a copy: axes that are one in memory become one, over others runs a loop."""
-    if query.dim() == 4:
-        _forward(_FUNCTION, context, query, key, value, "bhsd", options, out, False, _NAMES)
-        return
-    mask = options.mask
-    try:
-        merged = [_merged(tensor) for tensor in (query, key, value, out)]
-        if mask is not None:
-            one = mask.shape[0] == mask.shape[1] == 1
-            mask = _merged(mask if one else mask.expand(*query.shape[:2], *mask.shape[2:]))
-    except RuntimeError:
-        for index in range(query.shape[0]):
-            part = options if mask is None else options._replace(mask=mask[index if mask.shape[0] > 1 else 0])
-            _run(context, query[index], key[index], value[index], part, out[index])
-        return
-    query, key, value, out = merged
-    _run(context, query, key, value, options._replace(mask=mask), out)
 
 
 def _merged(tensor: Any) -> Any:

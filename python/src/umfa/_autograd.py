@@ -1,0 +1,104 @@
+"""Attention as a function that PyTorch's autograd can differentiate. Imports PyTorch, and is imported only once that is there."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+from umfa._scalars import describe
+from umfa.arrays import is_tensor
+from umfa.attention import _backward, _compute, _Options
+from umfa.context import MFAContext
+from umfa.errors import InvalidTypeError
+from umfa.quantization import QuantizedTensor
+
+__all__ = ["attention"]
+
+# The inputs that have gradients, in the order in which `Attention` takes them.
+_DIFFERENTIABLE = ("query", "key", "value", "mask", "alibi_slopes", "sinks")
+
+
+class _Call(NamedTuple):
+    """What a call was given beside the inputs that have gradients."""
+
+    function: str
+    context: MFAContext | None
+    layout: str
+    options: _Options
+    names: tuple[str, str, str, str]
+
+
+class Attention(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is an extra, and Any to the type checker
+    """Output and logsumexp of attention; backward computes the gradients that are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, q: Any, k: Any, v: Any, mask: Any, alibi_slopes: Any, sinks: Any) -> tuple[Any, Any]:
+        options = call.options._replace(mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
+        output, lse, seed = _compute(call.function, call.context, q, k, v, call.layout, options, None, True, call.names)
+        ctx.call = call._replace(options=call.options._replace(seed=seed, kv_lengths=None, query_offset=None))
+        # Tensors are left to PyTorch, which notices if one is modified before backward. Of others the small ones are copied.
+        inputs = (q, k, v, mask, *map(_kept, (alibi_slopes, sinks, options.kv_lengths, options.query_offset)))
+        ctx.save_for_backward(output, lse, *(value if is_tensor(value) else None for value in inputs))
+        ctx.others = tuple(None if is_tensor(value) else value for value in inputs)
+        ctx.set_materialize_grads(False)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
+        needed = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=True) if wanted]
+        if not needed or (grad_output is None and grad_lse is None):
+            return (None,) * (1 + len(_DIFFERENTIABLE))
+        output, lse, *tensors = ctx.saved_tensors
+        q, k, v, mask, alibi_slopes, sinks, kv_lengths, query_offset = (
+            other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)
+        )
+        if grad_output is None:  # nothing depends on the output, but on lse
+            grad_output = output.new_zeros(()).expand(output.shape)
+        call: _Call = ctx.call
+        gradients = _backward(
+            f"{call.function} (backward)",
+            call.context,
+            grad_output.resolve_neg(),
+            q,
+            k,
+            v,
+            output,
+            lse,
+            call.layout,
+            call.options._replace(mask=mask, alibi_slopes=alibi_slopes, sinks=sinks, kv_lengths=kv_lengths, query_offset=query_offset),
+            grad_lse if grad_lse is None else grad_lse.resolve_neg(),
+            tuple(needed),
+        )
+        found = dict(zip(needed, gradients, strict=True))
+        return (None, *(found.get(name) for name in _DIFFERENTIABLE))
+
+
+def _kept(values: Any) -> Any:
+    """A small input as it is now, should the caller change it before backward."""
+    return copy.copy(values) if isinstance(values, (np.ndarray, list)) else values
+
+
+def attention(
+    function: str,
+    context: MFAContext | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    layout: str,
+    options: _Options,
+    names: tuple[str, str, str, str],
+) -> tuple[Any, Any]:
+    """Output and logsumexp, recorded."""
+    if not (is_tensor(q) or (isinstance(q, QuantizedTensor) and q._framework.name == "torch")):
+        raise InvalidTypeError(
+            f"{function}: {names[0]}: expected a PyTorch tensor, as the result is what that is, and another input requires grad,"
+            f" got {describe(q)}"
+        )
+    call = _Call(function, context, layout, options._replace(mask=None, alibi_slopes=None, sinks=None), names)
+    results: tuple[Any, Any] = Attention.apply(call, q, k, v, options.mask, options.alibi_slopes, options.sinks)
+    return results
