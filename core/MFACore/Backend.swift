@@ -26,7 +26,9 @@ public struct BackendInfo: Sendable {
 /// own fits as well as one that computes at once. Before a call takes effect, in this order: a feature that is not served is refused, a
 /// non-finite value among the inputs of a fused call, then all workspace is taken. Only after that is an output byte written.
 public protocol Backend: AnyObject {
+    /// Never `Device.auto`.
     var device: Device { get }
+    /// What the device is and can do.
     var info: BackendInfo { get }
     /// What validation may read of the operands' memory here.
     var arrayAccess: ArrayAccess { get }
@@ -38,16 +40,21 @@ public protocol Backend: AnyObject {
     /// The caller's memory, which he keeps alive, made usable by this device.
     func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer
 
+    /// Writes the output and, where there is one, the logsumexp.
     func forward(_ problem: AttentionProblem) throws(MFAError)
+    /// Writes the gradients that are there, and d_values where they are not given.
     func backward(_ problem: BackwardProblem) throws(MFAError)
+    /// Writes codes, scales, and zero points and means where they are wanted.
     func quantize(_ problem: QuantizationProblem) throws(MFAError)
+    /// Writes the real values that codes stand for.
     func dequantize(_ problem: QuantizationProblem) throws(MFAError)
     func merge(_ problem: MergeProblem) throws(MFAError)
     /// Waits until all results are written.
     func finish() throws(MFAError)
 
-    /// The bytes of workspace that the call would hold.
+    /// The bytes of workspace that a forward call would hold.
     func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int
+    /// The bytes of workspace that a backward call would hold.
     func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int
     /// The kernel that the problem would use for an operation: a static string.
     func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar>
