@@ -6,9 +6,9 @@
 >>> output = umfa.attention(q, k, v, quantize="int8")
 
 `attention` and `attention_backward` take NumPy arrays, PyTorch CPU tensors and DLPack producers without copies;
-`flash_attention_forward` is the same in the layout of the C functions, `MetalSDPA` with PyTorch's signature. `quantize` makes
-`QuantizedTensor`. `MFAContext` and `MFABuffer` say where to compute and with what memory; `info` says what there is. Errors are `MFAError`
-and its subclasses.
+`flash_attention_forward` is the same in the layout of the C functions, `MetalSDPA` with PyTorch's signature. PyTorch's autograd follows all
+three forward functions. `merge` makes one result of two, over parts of the keys. `quantize` makes `QuantizedTensor`. `MFAContext` and
+`MFABuffer` say where to compute and with what memory; `info` says what there is. Errors are `MFAError` and its subclasses.
 """
 
 from umfa._library import version as __version__
@@ -27,6 +27,7 @@ from umfa.errors import (
     UnsupportedError,
 )
 from umfa.info import info
+from umfa.merge import merge
 from umfa.quantization import QuantizationConfig, QuantizationScheme, QuantizedTensor, quantize
 from umfa.sdpa import MetalSDPA
 
@@ -51,5 +52,6 @@ __all__ = [
     "attention_backward",
     "flash_attention_forward",
     "info",
+    "merge",
     "quantize",
 ]

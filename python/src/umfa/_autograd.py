@@ -1,4 +1,7 @@
-"""Attention as a function that PyTorch's autograd can differentiate. Imports PyTorch, and is imported only once that is there."""
+"""Attention and merging as functions that PyTorch's autograd can differentiate.
+
+Imports PyTorch, and is imported only once that has been.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,10 @@ from umfa.arrays import is_tensor
 from umfa.attention import _backward, _compute, _Options
 from umfa.context import MFAContext
 from umfa.errors import InvalidTypeError
+from umfa.merge import _merge
 from umfa.quantization import QuantizedTensor
 
-__all__ = ["attention"]
+__all__ = ["attention", "merge"]
 
 # The inputs that have gradients, in the order in which `Attention` takes them.
 _DIFFERENTIABLE = ("query", "key", "value", "mask", "alibi_slopes", "sinks")
@@ -101,4 +105,58 @@ def attention(
         )
     call = _Call(function, context, layout, options._replace(mask=None, alibi_slopes=None, sinks=None), names)
     results: tuple[Any, Any] = Attention.apply(call, q, k, v, options.mask, options.alibi_slopes, options.sinks)
+    return results
+
+
+class Merge(torch.autograd.Function):  # type: ignore[misc]
+    """Output and logsumexp of two merged parts.
+
+    With w_x = exp(lse_x - lse), the weight of part x, and g and h the gradients of output and lse, those of a part are::
+
+        grad_out_x = w_x * g
+        grad_lse_x = w_x * (dot(g, out_x - out) + h),  and out_a - out = w_b * (out_a - out_b)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, context: MFAContext | None, layout: str, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+        output, lse = _merge(context, out_a, lse_a, out_b, lse_b, layout)
+        ctx.heads_last = layout == "bshd" and out_a.dim() == 4
+        ctx.save_for_backward(out_a, lse_a, out_b, lse_b, lse)
+        return output, lse
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
+        out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
+
+        def over_channels(row_values: Any) -> Any:
+            return (row_values.transpose(1, 2) if ctx.heads_last else row_values).unsqueeze(-1)
+
+        def over_rows(channel_sums: Any) -> Any:
+            return channel_sums.transpose(1, 2) if ctx.heads_last else channel_sums
+
+        # An absent part weighs nothing and its output means nothing: it is selected away, not multiplied by 0.
+        has_a, has_b = lse_a != -torch.inf, lse_b != -torch.inf
+        weight_a, weight_b = torch.exp(lse_a - lse), torch.exp(lse_b - lse)
+        grad_output = grad_output.to(lse.dtype)
+        difference = out_a.to(lse.dtype) - out_b.to(lse.dtype)
+        shared = torch.where(has_a & has_b, weight_a * weight_b * over_rows((grad_output * difference).sum(-1)), 0)
+        return (
+            None,
+            None,
+            torch.where(over_channels(has_a), over_channels(weight_a) * grad_output, 0).to(out_a.dtype),
+            torch.where(has_a, weight_a * grad_lse + shared, 0).to(lse_a.dtype),
+            torch.where(over_channels(has_b), over_channels(weight_b) * grad_output, 0).to(out_b.dtype),
+            torch.where(has_b, weight_b * grad_lse - shared, 0).to(lse_b.dtype),
+        )
+
+
+def merge(function: str, context: MFAContext | None, parts: tuple[Any, Any, Any, Any], layout: str) -> tuple[Any, Any]:
+    """Output and logsumexp of two merged parts, recorded."""
+    for argument, part in zip(("out_a", "lse_a", "out_b", "lse_b"), parts, strict=True):
+        if not is_tensor(part):
+            raise InvalidTypeError(
+                f"{function}: {argument}: expected a PyTorch tensor, as another input requires grad, got {describe(part)}"
+            )
+    results: tuple[Any, Any] = Merge.apply(context, layout, *parts)
     return results

@@ -468,8 +468,8 @@ def attention(
     a copy. The result comes back as what `q` was.
 
     PyTorch's autograd follows it: where `q`, `k`, `v`, `mask`, `alibi_slopes` or `sinks` is a tensor that requires grad, in grad mode, the
-    result and `lse` have gradients, of first order. Those that pass quantised operands are straight-through. Inputs that are not tensors are
-    read again in backward, so leave them as they are until then; that tensors were left so, PyTorch checks.
+    result and `lse` have gradients, of first order; with `quantize`, straight-through ones. Backward reads the inputs again. PyTorch makes
+    sure that tensors are unchanged by then; leave other arrays unchanged yourself.
 
     Parameters
     ----------

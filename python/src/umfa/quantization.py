@@ -11,7 +11,7 @@ from umfa._layouts import LAYOUTS, axes_in, four_dimensional
 from umfa._library import NULL, ffi, lib
 from umfa._scalars import attribute, choice, describe, flag, integer
 from umfa.arrays import FLOATS, FP32, INT4, INT8, NUMPY, ArrayView, allocate, framework_named, numpy_of, precision_name, view_of
-from umfa.context import default_context
+from umfa.context import MFAContext, context_for
 from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError
 
 __all__ = ["QuantizationConfig", "QuantizationScheme", "QuantizedTensor", "quantize"]
@@ -379,8 +379,13 @@ class QuantizedTensor:
         parts = (self._data, self._scales, self._zero_points, self._channel_means)
         return sum(int(part.nbytes) for part in parts if part is not None)
 
-    def dequantize(self) -> Any:
+    def dequantize(self, *, context: MFAContext | None = None) -> Any:
         """The real numbers that the codes stand for.
+
+        Parameters
+        ----------
+        context : MFAContext, optional
+            By default one a thread.
 
         Returns
         -------
@@ -396,7 +401,7 @@ class QuantizedTensor:
         result = self._framework.empty(function, self.shape, FP32)
         source = _tensor(function, "data", self._view, self.layout)
         target = _tensor(function, "result", view_of(function, "result", result), self.layout)
-        default_context().call(function, lib.mfa_dequantize, source, target)
+        context_for(function, context).call(function, lib.mfa_dequantize, source, target)
         return result
 
     def __repr__(self) -> str:
@@ -483,6 +488,8 @@ def quantize(
     smooth: bool = False,
     rotate: bool = False,
     layout: str = "bhsd",
+    *,
+    context: MFAContext | None = None,
 ) -> QuantizedTensor:
     """Quantise a tensor to INT8 or INT4.
 
@@ -509,6 +516,8 @@ def quantize(
         one call are rotated alike.
     layout : {"bhsd", "bshd"}
         Order of the axes, as in `attention`.
+    context : MFAContext, optional
+        By default one a thread. Codes do not depend on its number of threads.
 
     Returns
     -------
@@ -564,5 +573,5 @@ def quantize(
         result._framework = view.framework
         result._describe()
     target = _tensor(function, "result", result._view, layout)
-    default_context().call(function, lib.mfa_quantize, source, target)
+    context_for(function, context).call(function, lib.mfa_quantize, source, target)
     return result
