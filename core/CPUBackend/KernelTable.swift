@@ -34,11 +34,13 @@ enum Step: Int, CaseIterable {
 enum InstructionSet: Int, CaseIterable {
     case baseline
     case avx2
+    case avx512
 
     var name: StaticString {
         switch self {
         case .baseline: "baseline"
         case .avx2: "avx2"
+        case .avx512: "avx512"
         }
     }
 
@@ -47,6 +49,7 @@ enum InstructionSet: Int, CaseIterable {
         switch self {
         case .baseline: true
         case .avx2: cpu_has_avx2()
+        case .avx512: cpu_has_avx2() && cpu_has_avx512()
         }
     }
 }
@@ -88,6 +91,16 @@ struct KernelTable {
         }
 
         #if arch(x86_64)
+        reference(.forward, .fp32, .avx512, attention_forward_fp32_reference_avx512)
+        reference(.dValues, .fp32, .avx512, attention_d_values_fp32_reference_avx512)
+        reference(.backwardQuery, .fp32, .avx512, attention_backward_query_fp32_reference_avx512)
+        reference(.backwardKeyValue, .fp32, .avx512, attention_backward_key_value_fp32_reference_avx512)
+        reference(.backwardBias, .fp32, .avx512, attention_backward_bias_fp32_reference_avx512)
+        reference(.forward, .fp64, .avx512, attention_forward_fp64_reference_avx512)
+        reference(.dValues, .fp64, .avx512, attention_d_values_fp64_reference_avx512)
+        reference(.backwardQuery, .fp64, .avx512, attention_backward_query_fp64_reference_avx512)
+        reference(.backwardKeyValue, .fp64, .avx512, attention_backward_key_value_fp64_reference_avx512)
+        reference(.backwardBias, .fp64, .avx512, attention_backward_bias_fp64_reference_avx512)
         reference(.forward, .fp32, .avx2, attention_forward_fp32_reference_avx2)
         reference(.dValues, .fp32, .avx2, attention_d_values_fp32_reference_avx2)
         reference(.backwardQuery, .fp32, .avx2, attention_backward_query_fp32_reference_avx2)
@@ -115,7 +128,7 @@ struct KernelTable {
     /// The quantisation kernel for an instruction set.
     private static func quantization(_ instructionSet: InstructionSet) -> cpu_quantization_kernel {
         #if arch(x86_64)
-        if instructionSet == .avx2 { return quantization_reference_avx2 }
+        if instructionSet != .baseline { return quantization_reference_avx2 }
         #endif
         return quantization_reference
     }

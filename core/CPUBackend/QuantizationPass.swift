@@ -54,7 +54,7 @@ struct QuantizationPass {
             if !work.kernel.scan(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
         }
         for thread in 0..<Int(team.threads) where failures[thread] {
-            throw .argument("`\(name)`: values to be quantised must be finite, as FP32 and after rotation and smoothing")
+            throw .notFinite(name)
         }
     }
 

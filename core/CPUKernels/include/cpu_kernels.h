@@ -28,6 +28,9 @@ enum { CPU_MAX_THREADS = 256 };
 /* Whether this processor (and its operating system) can run AVX2 with FMA and F16C. */
 bool cpu_has_avx2(void);
 
+/* The same of AVX-512 with its F, BW, DQ and VL parts. */
+bool cpu_has_avx512(void);
+
 /* ---- Tensors ------------------------------------------------------------------------------------------------------------------------- */
 
 typedef enum cpu_precision {
@@ -122,6 +125,8 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference)
 #if defined(__x86_64__)
 CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx2)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx2)
+CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx512)
+CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
 /* ---- Quantisation -------------------------------------------------------------------------------------------------------------------- */

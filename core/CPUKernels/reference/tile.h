@@ -283,6 +283,15 @@ typedef struct {
     real_bits* infinite; /* of each row: set once an attended score, or what softcap made of it, is not finite */
 } score_tile;
 
+/* The cap in this arithmetic: one too small for it is its smallest, one too large is off. */
+static real softcap_of(const cpu_attention* attention) {
+#if !KERNEL_FP64
+    if (attention->softcap > FLT_MAX) return 0;
+    if (attention->softcap > 0 && attention->softcap < FLT_MIN) return FLT_MIN;
+#endif
+    return (real)attention->softcap;
+}
+
 static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile) {
     int64_t rows = tile_rows(attention);
     tile->rows = rows;
@@ -291,7 +300,7 @@ static void take_score_tile(workspace_cursor* cursor, const cpu_attention* atten
     tile->limits = workspace_take(cursor, 2 * rows, sizeof(real_bits));
     tile->infinite = workspace_take(cursor, rows, sizeof(real_bits));
     tile->additions = attention->mask.data ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
-    tile->cap_slopes = backward && attention->softcap > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
+    tile->cap_slopes = backward && softcap_of(attention) > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
 }
 
 /* Sets the tile's place. False if no element of it is attended, so that the tile can be skipped. Reads masks only. */
@@ -318,7 +327,7 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
 
 /* Turns dot products into scores: scale, softcap, mask, ALiBi, then selection. */
 static void finish_scores(const cpu_attention* attention, score_tile* tile) {
-    const real scale = (real)attention->softmax_scale, softcap = (real)attention->softcap;
+    const real scale = (real)attention->softmax_scale, softcap = softcap_of(attention);
     const real slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, tile->position.h) : 0;
     const int64_t rows = tile->rows;
     for (int64_t row = 0; row < rows; row += LANES) {
