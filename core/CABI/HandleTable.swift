@@ -10,8 +10,8 @@ final class HandleTable: @unchecked Sendable {
     }
 
     private struct Place {
-        /// How often the place was given up.
-        var generation: UInt = 0
+        /// Counts how often the place was given up.
+        var generation = HandleTable.firstGeneration
         var kind = Kind.context
         var object: AnyObject?
     }
@@ -20,6 +20,8 @@ final class HandleTable: @unchecked Sendable {
     private static let placeShift: UInt = 4
     private static let generationShift: UInt = 28
     private static let mostPlaces = 1 << 24
+    /// Where generations start: no small number is a token, nor is anything that could be an address.
+    private static let firstGeneration: UInt = 0x3_6D66_6100
 
     private var places: [Place] = []
     private var free: [Int] = []

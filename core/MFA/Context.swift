@@ -125,14 +125,29 @@ package struct Session {
         return try backend.wrap(memory, size: size)
     }
 
-    package func forward(_ request: AttentionRequest) throws(MFAError) {
-        try backend.forward(try AttentionProblem(request, for: .forward, reading: backend.arrayAccess))
+    /// Runs a validated call. In the order of the statuses its inputs come before what is not served and before workspace, but the backend
+    /// looks at them last, when it quantises them: so `inputs` checks them where one of the two failed.
+    private func run(_ call: () throws(MFAError) -> Void, inputs check: () throws(MFAError) -> Void) throws(MFAError) {
+        do throws(MFAError) {
+            try call()
+        } catch {
+            if backend.arrayAccess == .all && (error.status == .unsupported || error.status == .allocationFailed) { try check() }
+            throw error
+        }
         try backend.finish()
     }
 
+    package func forward(_ request: AttentionRequest) throws(MFAError) {
+        let problem = try AttentionProblem(request, for: .forward, reading: backend.arrayAccess)
+        try run(
+            { () throws(MFAError) in try backend.forward(problem) }, inputs: { () throws(MFAError) in try problem.checkFusedInputs() })
+    }
+
     package func backward(_ request: AttentionRequest, _ gradients: GradientRequest) throws(MFAError) {
-        try backend.backward(try BackwardProblem(request, gradients, reading: backend.arrayAccess))
-        try backend.finish()
+        let problem = try BackwardProblem(request, gradients, reading: backend.arrayAccess)
+        try run(
+            { () throws(MFAError) in try backend.backward(problem) },
+            inputs: { () throws(MFAError) in try problem.attention.checkFusedInputs() })
     }
 
     /// Validates a request that will not run here: nothing of the caller's memory is read.
@@ -158,8 +173,10 @@ package struct Session {
     }
 
     package func quantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {
-        try backend.quantize(try QuantizationProblem(quantizing: input, into: output, deferred: deferred))
-        try backend.finish()
+        let problem = try QuantizationProblem(quantizing: input, into: output, deferred: deferred, reading: backend.arrayAccess)
+        try run(
+            { () throws(MFAError) in try backend.quantize(problem) },
+            inputs: { () throws(MFAError) in try problem.input.checkFinite("input") })
     }
 
     package func dequantize(_ input: Tensor?, into output: Tensor?, _ deferred: DeferredFailures) throws(MFAError) {

@@ -65,7 +65,7 @@ public struct AttentionProblem {
         try checkScalars(reading: access)
         try checkArrays(reading: access)
         try checkOverlap(nil, writesOutput: purpose == .forward)
-        try request.deferred.throwUnsupported()
+        try checkServed(request.deferred, reading: access)
     }
 
     /// Takes over the fields of a request whose sizes and pointers are known to be good.
@@ -154,7 +154,7 @@ public struct BackwardProblem {
         try attention.checkScalars(reading: access)
         try attention.checkArrays(reading: access)
         try attention.checkOverlap(gradients, writesOutput: false)
-        try request.deferred.throwUnsupported()
-        try gradientRequest.deferred.throwUnsupported()
+        try attention.checkServed(request.deferred, reading: access)
+        try attention.checkServed(gradientRequest.deferred, reading: access)
     }
 }

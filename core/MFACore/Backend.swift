@@ -48,6 +48,7 @@ public protocol Backend: AnyObject {
     func quantize(_ problem: QuantizationProblem) throws(MFAError)
     /// Writes the real values that codes stand for.
     func dequantize(_ problem: QuantizationProblem) throws(MFAError)
+    /// Writes the result over the union of two sets of keys.
     func merge(_ problem: MergeProblem) throws(MFAError)
     /// Waits until all results are written.
     func finish() throws(MFAError)

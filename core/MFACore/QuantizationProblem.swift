@@ -8,7 +8,7 @@ public struct QuantizationProblem {
 
     /// Validates quantising `input` by the scheme that the output's quantisation describes.
     public init(
-        quantizing input: Tensor?, into output: Tensor?, deferred: DeferredFailures = DeferredFailures()
+        quantizing input: Tensor?, into output: Tensor?, deferred: DeferredFailures = DeferredFailures(), reading access: ArrayAccess
     ) throws(MFAError) {
         (self.input, self.output) = try QuantizationProblem.checkSizesAndPointers(input, output, deferred)
         try deferred.throwCodes()
@@ -23,6 +23,7 @@ public struct QuantizationProblem {
         check.reads("input", self.input)
         check.writesQuantized("output", self.output)
         try check.run()
+        if deferred.unsupported != nil && access == .all { try self.input.checkFinite("input") }
         try deferred.throwUnsupported()
     }
 

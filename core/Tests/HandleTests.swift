@@ -37,6 +37,17 @@ import Testing
         }
     }
 
+    @Test func noSmallNumberIsAHandle() throws {
+        let context = try ForeignContext()
+        var buffer: OpaquePointer?
+        #expect(mfa_create_buffer(context.handle, 16, &buffer) == MFA_SUCCESS)
+        for number in Array(0..<5000) + (0..<64).map({ UInt(1) << $0 }) {
+            #expect(mfa_destroy_context(UnsafeMutableRawPointer(bitPattern: number)) == MFA_ERROR_INVALID_CONTEXT)
+            #expect(mfa_destroy_buffer(OpaquePointer(bitPattern: number)) == MFA_ERROR_INVALID_ARGUMENT)
+        }
+        #expect(mfa_destroy_buffer(buffer) == MFA_SUCCESS)
+    }
+
     @Test func buffersOutliveTheirContext() throws {
         let allocator = CountingAllocator()
         var buffer: OpaquePointer?

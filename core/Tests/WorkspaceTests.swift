@@ -139,6 +139,21 @@ import Testing
         }
     }
 
+    @Test func inputsComeBeforeWorkspace() throws {
+        let allocator = CountingAllocator()
+        allocator.failing = 0
+        let context = try ForeignContext(allocator: allocator)
+        let problem = Problem(rows: 4)
+        problem.value.pointer[100] = -.infinity
+        #expect(problem.forward(context) == MFA_ERROR_INVALID_ARGUMENT)
+        allocator.failing = allocator.allocations
+        #expect(problem.backward(context) == MFA_ERROR_INVALID_ARGUMENT)
+        problem.value.pointer[100] = 1
+        allocator.failing = allocator.allocations
+        #expect(problem.forward(context) == MFA_ERROR_ALLOCATION_FAILED)
+        #expect(problem.output.isUntouched && problem.gradientsAreUntouched)
+    }
+
     @Test func growsWithTheLengthsNotTheirProduct() throws {
         let context = try ForeignContext()
         let sizes = [1000, 2000, 4000].map { Problem(rows: $0).workspaceSize(context, backward: true) }
