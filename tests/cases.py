@@ -189,8 +189,8 @@ class Problem:
         words = dict(self.keywords)
         causal, scale = words.pop("causal", False), words.pop("scale", None)
         words.pop("layout", None)
-        words["softmax_scale"] = float(np.float32(1 / np.sqrt(self.sizes.channels) if scale is None else scale))
-        words["softcap"] = float(np.float32(words.get("softcap", 0)))
+        words["softmax_scale"] = float(1 / np.sqrt(self.sizes.channels) if scale is None else scale)
+        words["softcap"] = float(words.get("softcap", 0))
         if words.get("window") is None:
             words.pop("window", None)
         words["causal"], words["lower_right"] = causal is not False, causal == "lower_right"

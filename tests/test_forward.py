@@ -178,6 +178,10 @@ def test_attention__lengths_and_offsets_of_any_kind__are_read(kind, rng):
         ({"query_offset": 2**61 - 1, "window": (2**63 - 1, -1)}, "all"),
         ({"query_offset": 2**61 - 1, "window": (-1, 0)}, "all"),
         ({"query_offset": -(2**61) + 1, "window": (0, 2**63 - 1)}, "all"),
+        ({"query_offset": 2**61 - 1, "window": (0, 0)}, "none"),
+        ({"query_offset": 2**61 - 1, "window": (3, -1), "causal": True}, "none"),
+        ({"query_offset": -(2**61) + 1, "window": (0, 0)}, "none"),
+        ({"query_offset": -(2**61) + 1, "window": (-1, 3)}, "none"),
     ],
 )
 def test_attention__positions_far_out__exclude_by_64_bit_arithmetic(keywords, expected_rows):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, strategies as st
@@ -300,22 +302,25 @@ def test_attention__keys_in_another_order__give_the_same_result(option, rng):
     assert_within(logsumexp, expected_lse, 2 * made.bounds.logsumexp)
 
 
-@pytest.mark.parametrize("option", ["plain", "softcap", "mask_additive", "mask_bool"])
-@pytest.mark.parametrize("split", [1, 40, 64, 79])
-def test_attention__keys_in_two_parts__merge_by_logsumexp(option, split, rng):
-    made = problem_with(option, sizes=Sizes(rows=33, columns=80))
-    halves = []
-    for columns in (slice(0, split), slice(split, None)):
-        keywords = dict(made.keywords)
+@pytest.mark.parametrize("option", ["plain", "softcap", "mask_additive", "mask_bool", "causal", "window", "alibi"])
+@pytest.mark.parametrize("splits", [[1], [40], [64], [79], [10, 20, 30], [0, 80]], ids=str)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_merge__keys_in_parts__equal_the_whole(option, splits, layout):
+    made = problem_with(option, sizes=Sizes(rows=33, columns=80), layout=layout)
+    parts = []
+    for first, last in itertools.pairwise([0, *splits, 80]):
+        keywords = {**made.keywords, "query_offset": -first}
         if "mask" in keywords:
-            keywords["mask"] = keywords["mask"][..., columns]
-        operands = made.query.argument, made.key.argument[:, :, columns], made.value.argument[:, :, columns]
-        halves.append(umfa.attention(*operands, **keywords, return_lse=True))
-    statistics = np.stack([logsumexp.astype(np.float64) for _, logsumexp in halves])
-    logsumexp = np.logaddexp(*statistics)
-    output = sum(np.exp(statistic - logsumexp)[..., None] * part for statistic, (part, _) in zip(statistics, halves))
-    assert_within(output, made.bounds.at.output, 3 * made.bounds.output)
-    assert_within(logsumexp, made.bounds.at.logsumexp, 2 * made.bounds.logsumexp)
+            keywords["mask"] = keywords["mask"][..., first:last]
+        key, value = (to_layout(to_layout(operand.argument, layout)[:, :, first:last], layout) for operand in (made.key, made.value))
+        parts.append(umfa.attention(made.query.argument, key, value, **keywords, return_lse=True))
+    expected = made.bounds.at
+    for order in (parts, parts[::-1]):
+        output, logsumexp = order[0]
+        for part in order[1:]:
+            output, logsumexp = umfa.merge(output, logsumexp, *part, layout=layout)
+        assert_within(to_layout(output, layout), expected.output, 2 * len(parts) * made.bounds.output)
+        assert_within(logsumexp, expected.logsumexp, len(parts) * made.bounds.logsumexp)
 
 
 @pytest.mark.parametrize("option", ["plain", "causal", "window", "alibi", "softcap", "mask_additive"])

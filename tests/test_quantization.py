@@ -160,27 +160,14 @@ def test_quantize__no_tokens__gives_scale_one_and_means_of_zero(dtype, granulari
     assert got.dequantize().shape == shape
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_quantize__any_number_of_threads__gives_the_same_bits(count, monkeypatch, rng):
-    """The default context takes its threads from the environment; results must not depend on them."""
-    import threading
-
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_quantize__any_number_of_threads__gives_the_same_bits(granularity, contexts, rng):
     values = rng.normal(size=(3, 5, 130, 33)).astype(np.float32)
-    expected = [reference.quantize(values, "int8", granularity, smooth=True) for granularity in REQUIRED]
-    monkeypatch.setenv("MFA_NUM_THREADS", str(count))
-    failures = []
-
-    def run():
-        try:
-            for granularity, reference_tensor in zip(REQUIRED, expected):
-                assert_bits(umfa.quantize(values, "int8", granularity, smooth=True), reference_tensor)
-        except AssertionError as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run)  # a new thread has a new default context
-    thread.start()
-    thread.join()
-    assert not failures
+    expected = reference.quantize(values, "int8", granularity, **GROUPS.get(granularity, {}), smooth=True)
+    for context in contexts.values():
+        got = quantize(values, "int8", granularity, smooth=True, context=context)
+        assert_bits(got, expected)
+        assert got.dequantize(context=context).tobytes() == reference.dequantize(expected).tobytes()
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -249,7 +236,7 @@ def test_quantize__nbytes__is_codes_scales_zero_points_and_means(dtype, granular
     assert umfa.quantize(rng.normal(size=(2, 3, 40, 17)).astype(np.float32), dtype, granularity, **keywords).nbytes == expected
 
 
-# ---- Attention --------------------------------------------------------------------------------------------------------------------------
+# ---- Attention ---------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -326,6 +313,7 @@ def fused_problem(rng, config, **keywords):
         real = operand.real
         if scheme is not None:
             words = {"symmetric": scheme.symmetric, "smooth": scheme.smooth, "rotated": scheme.rotate}
+            words |= {"block_size": scheme.block_size or 0, "group_size": scheme.group_size or 0}
             sized = real if lengths is None or name == "query" else [real[b : b + 1, :, : lengths[b]] for b in range(sizes.batch)]
             if isinstance(sized, list):
                 assert scheme.granularity != "tensor"  # one scale over sequences of several lengths has no shorter tensor to take it from

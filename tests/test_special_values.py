@@ -268,7 +268,7 @@ def test_attention__denormal_values__are_read_or_flushed(dtype, rng):
         assert ((output == 0) | (np.abs(output - expected) <= 0.02 * expected)).all()
 
 
-@pytest.mark.parametrize("softcap", [1e-40, 1e-30, 1e-3, 1e3, 1e6, 1e30, 3e38], ids=str)
+@pytest.mark.parametrize("softcap", [1e-300, 1e-40, 1e-30, 1e-3, 1e3, 1e6, 1e30, 3e38, 1e300], ids=str)
 @pytest.mark.parametrize("backward", [False, True])
 def test_attention__extreme_softcaps__give_what_the_formulas_say(softcap, backward, rng):
     made = problem(rng, SIZES, softcap=softcap)
@@ -279,7 +279,7 @@ def test_attention__extreme_softcaps__give_what_the_formulas_say(softcap, backwa
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf], ids=str)
-@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-38, 1e38])
+@pytest.mark.parametrize("scale", [0.0, -0.5, 1e-300, 1e-38, 1e38, 1e39, 1e300])
 def test_attention__special_scales__give_what_the_formulas_say(scale, value, rng):
     made = problem(rng, SIZES, scale=scale)
     check(made)
