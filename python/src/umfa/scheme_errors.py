@@ -159,9 +159,9 @@ def measure(x: np.ndarray[Any, Any], scheme: QuantizationScheme, layout: str = "
         The error, taken in float64, and the memory.
     """
     quantized = quantize_by(x, scheme, layout)
-    error = np.asarray(quantized.dequantize(), np.float64)
-    error -= x
-    square = float(np.mean(np.square(x, dtype=np.float64)))
+    exact = np.asarray(x).astype(np.float64)
+    error = np.asarray(quantized.dequantize(), np.float64) - exact
+    square = float(np.mean(np.square(exact)))
     return SchemeError(
         scheme,
         math.sqrt(float(np.mean(np.square(error))) / square) if square else 0.0,

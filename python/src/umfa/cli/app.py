@@ -33,6 +33,20 @@ app = typer.Typer(
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+class Layout(str, Enum):
+    """The order of the axes of a tensor with four."""
+
+    BHSD = "bhsd"
+    BSHD = "bshd"
+
+
+class Codes(str, Enum):
+    """What `umfa quantize` turns numbers into."""
+
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class Precision(str, Enum):
     """What `umfa demo QUESTION` computes attention in."""
 
@@ -121,6 +135,35 @@ def check(as_json: JsonFlag = False) -> None:
         console.print(f"{len(results) - len(failed)} of {len(results)} checks passed.", style="red" if failed else "green")
     if failed:
         raise typer.Exit(_FAILED)
+
+
+@app.command()
+def quantize(
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .npy file.", show_default=False)],
+    tensor: Annotated[
+        list[str] | None, typer.Option(help="Which tensor; may be given repeatedly. By default every float tensor with 2 to 4 axes.")
+    ] = None,
+    layout: Annotated[Layout, typer.Option(help="Order of the axes of a tensor with four: heads before tokens, or after.")] = Layout.BHSD,
+    dtype: Annotated[Codes | None, typer.Option(help="Only these codes.", show_default=False)] = None,
+    smooth: Annotated[bool, typer.Option("--smooth", help="Subtract each channel's mean first, as may be done with keys.")] = False,
+    rotate: Annotated[bool, typer.Option("--rotate", help="Rotate each row first, as may be done with queries and keys.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure what each quantisation scheme does to the tensors of a file: error and memory."""
+    from umfa.cli.quantize import UnusableFileError, as_values, open_file, render, study
+
+    console = Console(stderr=as_json)
+    try:
+        opened = open_file(file)
+        with _progress(console, "measuring", 1) as advance:
+            dtypes = ["int8", "int4"] if dtype is None else [dtype.value]
+            report = study(opened, tensor or (), layout=layout.value, dtypes=dtypes, smooth=smooth, rotate=rotate, advance=advance)
+    except UnusableFileError as error:
+        raise _give_up(error) from None
+    if as_json:
+        _print_json(as_values(report))
+    else:
+        console.print(render(report))
 
 
 @app.command()
