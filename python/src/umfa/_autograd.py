@@ -6,17 +6,18 @@ Imports PyTorch, and is imported only once that has been.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.autograd.function import once_differentiable
 
 from umfa._scalars import describe
 from umfa.arrays import is_tensor
 from umfa.attention import _backward, _compute, _Options
 from umfa.context import MFAContext
-from umfa.errors import InvalidTypeError
+from umfa.errors import InvalidTypeError, UnsupportedError
 from umfa.merge import _merge
 from umfa.quantization import QuantizedTensor
 
@@ -24,6 +25,39 @@ __all__ = ["attention", "merge"]
 
 # The inputs that have gradients, in the order in which `Attention` takes them.
 _DIFFERENTIABLE = ("query", "key", "value", "mask", "alibi_slopes", "sinks")
+
+
+class _FirstOrder(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is an extra, and Any to the type checker
+    """The identity on gradients that cannot be differentiated again: an attempt is an error, not a part of a loss that is missing."""
+
+    @staticmethod
+    def forward(ctx: Any, function: str, *gradients: Any) -> tuple[Any, ...]:
+        ctx.function = function
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> None:
+        raise UnsupportedError(f"{ctx.function}: expected to be differentiated once, got a gradient of its gradients (create_graph=True)")
+
+
+def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Make a backward one of first order.
+
+    PyTorch's own `once_differentiable` lets second derivatives through as 0 where the gradient of the output is a constant, as it is for a
+    plain sum.
+    """
+
+    @functools.wraps(backward)
+    def computed_once(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        with torch.no_grad():
+            gradients = backward(ctx, *grad_outputs)
+        if not torch.is_grad_enabled():
+            return gradients
+        gradients = tuple(gradient if gradient is None else gradient.requires_grad_() for gradient in gradients)
+        results: tuple[Any, ...] = _FirstOrder.apply(ctx.function, *gradients)
+        return results
+
+    return computed_once
 
 
 class _Call(NamedTuple):
@@ -36,11 +70,12 @@ class _Call(NamedTuple):
     names: tuple[str, str, str, str]
 
 
-class Attention(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is an extra, and Any to the type checker
+class Attention(torch.autograd.Function):  # type: ignore[misc]
     """Output and logsumexp of attention; backward computes the gradients that are asked for."""
 
     @staticmethod
     def forward(ctx: Any, call: _Call, q: Any, k: Any, v: Any, mask: Any, alibi_slopes: Any, sinks: Any) -> tuple[Any, Any]:
+        ctx.function = call.function
         options = call.options._replace(mask=mask, alibi_slopes=alibi_slopes, sinks=sinks)
         output, lse, seed = _compute(call.function, call.context, q, k, v, call.layout, options, None, True, call.names)
         ctx.call = call._replace(options=call.options._replace(seed=seed, kv_lengths=None, query_offset=None))
@@ -52,7 +87,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is an
         return output, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
         needed = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=True) if wanted]
         if not needed or (grad_output is None and grad_lse is None):
@@ -118,14 +153,17 @@ class Merge(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(ctx: Any, context: MFAContext | None, layout: str, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any) -> tuple[Any, Any]:
+    def forward(
+        ctx: Any, function: str, context: MFAContext | None, layout: str, out_a: Any, lse_a: Any, out_b: Any, lse_b: Any
+    ) -> tuple[Any, Any]:
+        ctx.function = function
         output, lse = _merge(context, out_a, lse_a, out_b, lse_b, layout)
         ctx.heads_last = layout == "bshd" and out_a.dim() == 4
         ctx.save_for_backward(out_a, lse_a, out_b, lse_b, lse)
         return output, lse
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @_once
     def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
         out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
 
@@ -144,6 +182,7 @@ class Merge(torch.autograd.Function):  # type: ignore[misc]
         return (
             None,
             None,
+            None,
             torch.where(over_channels(has_a), over_channels(weight_a) * grad_output, 0).to(out_a.dtype),
             torch.where(has_a, weight_a * grad_lse + shared, 0).to(lse_a.dtype),
             torch.where(over_channels(has_b), over_channels(weight_b) * grad_output, 0).to(out_b.dtype),
@@ -158,5 +197,5 @@ def merge(function: str, context: MFAContext | None, parts: tuple[Any, Any, Any,
             raise InvalidTypeError(
                 f"{function}: {argument}: expected a PyTorch tensor, as another input requires grad, got {describe(part)}"
             )
-    results: tuple[Any, Any] = Merge.apply(context, layout, *parts)
+    results: tuple[Any, Any] = Merge.apply(function, context, layout, *parts)
     return results
