@@ -257,8 +257,8 @@ def with_int8_query(key: str, value: str) -> Schemes:
 
 
 DEFAULTS = {
-    "int8": with_int8_query("int8 token smooth rotate", "int8 token"),
-    "int4": with_int8_query("int4 token asymmetric smooth rotate", "int4 token asymmetric"),
+    "int8": QuantizationConfig("int8", "int8", "int8").schemes,
+    "int4": QuantizationConfig("int8", "int4", "int4").schemes,
 }
 """What `quantize="int8"` and `quantize="int4"` stand for."""
 
