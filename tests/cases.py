@@ -98,6 +98,9 @@ class Operand:
             return repr(self.argument)
         return f"<{self.argument.dtype} {self.argument.shape}, strides of {self.argument.strides} bytes>"
 
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))
+
 
 def float_operand(
     rng: np.random.Generator,

@@ -45,14 +45,14 @@ def run_backward(made, grad_out, grad_lse=None, names=None, **others):
     return {name: to_layout(result, made.layout) if name in NAMES[:3] else result for name, result in zip(names, results)}
 
 
-def check(made, seed: int = 0, with_lse: bool = True):
+def check(made, seed: int = 0, with_lse: bool = True, **others):
     """Compare all gradients of a problem with the reference."""
     import reference
 
     grad_out, grad_lse = random_gradients(made, np.random.default_rng(seed))
     if not with_lse:
         grad_lse = None
-    got = run_backward(made, grad_out, grad_lse)
+    got = run_backward(made, grad_out, grad_lse, **others)
     real_grad = to_layout(grad_out, made.layout).astype(np.float64)
     exact = reference.backward(*made.real, real_grad, made.options, grad_lse)
     bounds = made.bounds.gradients(real_grad, grad_lse, dtypes={name: str(gradient.dtype) for name, gradient in got.items()})

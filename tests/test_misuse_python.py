@@ -179,6 +179,10 @@ def test_attention_backward__each_mistake__raises(argument, value, error):
     assert (OUT == 1).all()
 
 
+def test_attention__lower_right_with_offsets__raises():
+    refused(VALUE, "attention", "query_offset", lambda: umfa.attention(Q, K, V, causal="lower_right", query_offset=1))
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "mask", "lengths"])
 def test_attention__out_on_an_input__raises_and_changes_nothing(name, rng):
     memory = rng.normal(size=2 * 4 * 7 * 8).astype(np.float32)

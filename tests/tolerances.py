@@ -93,6 +93,8 @@ class Bounds:
         sizes = np.abs(grad_weights) + (np.abs(change) + np.abs(d_values))[..., None]
         grad_scores = at.weights * difference
         scores_error = at.weights * ((2 * self.row_error + 8 * u) * np.abs(difference) + weights_error + d_error[..., None] + 2 * u * sizes)
+        # Weights, and products with them, below the smallest normal number may be flushed.
+        scores_error += 4 * self.smallest * at.attended * (1 + sizes)
         slope = 1 - saturation**2
         cap_error = 8 * u + (2 * np.abs(saturation) * slope * self.row_error / options.softcap if options.softcap > 0 else 0)
         products_error = scores_error * slope + np.abs(grad_scores) * cap_error
@@ -109,7 +111,8 @@ class Bounds:
             "query": self.scale * (products_error @ self.key + _products(grad_products, self.key, u)),
             "key": self.scale * grouped(transposed(products_error) @ self.query + _products(transposed(grad_products), self.query, u)),
             "value": grouped(
-                transposed(dropped * (2 * self.row_error + 4 * u)) @ grad_output_size + _products(transposed(dropped), grad_output_size, u)
+                transposed(dropped * (2 * self.row_error + 4 * u) + self.smallest * at.dropout * at.attended) @ grad_output_size
+                + _products(transposed(dropped), grad_output_size, u)
             ),
         }
         summed = u * (4 + np.sqrt(grad_scores.size))
