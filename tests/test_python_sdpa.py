@@ -195,13 +195,25 @@ def test_copies__work(sdpa):
         other(q, q, q)
 
 
-@pytest.mark.parametrize("name", ["pytorch_sdpa_replacement", "numpy_attention"])
-def test_example__runs(name):
-    answer = subprocess.run([sys.executable, str(ROOT / "python/examples" / f"{name}.py")], capture_output=True, text=True, check=True)
-    if name == "pytorch_sdpa_replacement":
-        differences = {line[:28].strip(): float(line[28:]) for line in answer.stdout.splitlines()[1:]}
-        assert len(differences) == 9
-        for call, difference in differences.items():
-            assert difference < {"bfloat16": 8e-3, "int8 beside exact": 0.05, "int4 beside exact": 0.5}.get(call, 3e-6), call
-    else:
-        assert answer.stdout.splitlines()[-1].endswith(" True")
+def output_of(example):
+    script = str(ROOT / "python/examples" / f"{example}.py")
+    return subprocess.run([sys.executable, script], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_example__sdpa_replacement():
+    differences = {line[:28].strip(): float(line[28:]) for line in output_of("pytorch_sdpa_replacement")[1:]}
+    assert len(differences) == 9
+    for call, difference in differences.items():
+        assert difference < {"bfloat16": 8e-3, "int8 beside exact": 0.05, "int4 beside exact": 0.5}.get(call, 3e-6), call
+
+
+def test_example__numpy():
+    assert output_of("numpy_attention")[-1].endswith(" True")
+
+
+def test_example__training():
+    losses = {line[:14].strip(): np.array(line[14:].split(), float) for line in output_of("training")[1:]}
+    assert list(losses) == ["PyTorch", "umfa", "umfa, INT8"]
+    for name, found in losses.items():
+        assert (np.diff(found) < 0).all()
+        assert np.abs(found - losses["PyTorch"]).max() < {"umfa": 0.01}.get(name, 0.1)
