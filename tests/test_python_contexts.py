@@ -92,6 +92,18 @@ def test_num_threads__is_taken_and_does_not_change_results(count):
         attend(context)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_num_threads__does_not_change_codes(contexts, dtype):
+    expected = umfa.quantize(X, dtype)
+    for context in contexts.values():
+        found = umfa.quantize(X, dtype, context=context)
+        assert np.array_equal(found.data, expected.data)
+        assert np.array_equal(found.scales, expected.scales)
+        assert np.array_equal(found.dequantize(context=context), expected.dequantize())
+    with pytest.raises(umfa.InvalidTypeError, match=r"umfa.quantize: context"):
+        umfa.quantize(X, dtype, context=1)
+
+
 def test_num_threads__default_follows_the_environment():
     script = "import umfa; print(umfa.MFAContext().num_threads)"
     answer = subprocess.run(

@@ -90,6 +90,17 @@ def test_grouped_heads__as_torch(sdpa, shapes):
     same(sdpa(q, k, v, enable_gqa=True), expected)
 
 
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(2, 4), (1, 8), (4, 1), (8, 2)])
+def test_grouped_heads__of_keys_and_values_apart__as_torch(sdpa, key_heads, value_heads):
+    q, k, v = (torch.randn(2, heads, 5, 6, requires_grad=True) for heads in (8, key_heads, value_heads))
+    output, expected = (function(q, k, v, is_causal=True, enable_gqa=True) for function in (sdpa, F.scaled_dot_product_attention))
+    same(output, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(result.square().sum(), (q, k, v)) for result in (output, expected))):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    with pytest.raises(umfa.InvalidDimensionsError):
+        sdpa(q, torch.randn(2, 3, 5, 6), v, enable_gqa=True)
+
+
 def test_grouped_heads__without_the_flag__are_refused(sdpa):
     q, k = torch.randn(2, 8, 4, 6), torch.randn(2, 2, 4, 6)
     with pytest.raises(umfa.InvalidDimensionsError, match="enable_gqa=True"):

@@ -24,7 +24,7 @@ class MetalSDPA:
     Nothing is installed into PyTorch: call it where you would call that function. Autograd follows it, as it follows `attention`. Where
     PyTorch's own back ends disagree with each other, it is always the same:
 
-    * a mask and `is_causal` may be given together, and then both apply (PyTorch: some back ends refuse that, others apply one);
+    * a mask and `is_causal` may be given together, and then both apply (some of PyTorch's back ends refuse that, its CPU's does the same);
     * the result of a row whose columns are all masked is 0, and so are its gradients (not NaN);
     * keys and values that are masked never reach the result or a gradient, not even a NaN.
 
@@ -79,7 +79,7 @@ class MetalSDPA:
         scale : float, optional
             ``1 / sqrt(head_dim)`` by default.
         enable_gqa : bool
-            Permit fewer key and value heads than query heads.
+            Permit fewer key and value heads than query heads: consecutive query heads share one.
 
         Returns
         -------
@@ -195,6 +195,11 @@ def _broadcast(torch: Any, query: Any, key: Any, value: Any, grouped: bool) -> t
             f"{_FUNCTION}: expected axes before the last {kept} that broadcast, got shapes {_shapes(query, key, value)}{hint}"
         ) from None
     query, key, value = (tensor.expand(*leading, *tensor.shape[-kept:]) for tensor in (query, key, value))
+    if grouped:
+        heads, key_heads, value_heads = (tensor.shape[-3] for tensor in (query, key, value))
+        if key_heads != value_heads and key_heads and value_heads and heads % key_heads == heads % value_heads == 0:
+            # PyTorch groups them independently. The library does not, so this rare case takes copies.
+            key, value = (tensor.repeat_interleave(heads // tensor.shape[-3], -3) for tensor in (key, value))
     return query, key, value
 
 
