@@ -173,7 +173,9 @@ def test_the_model_on_our_attention(precision: str, least: float) -> None:
 def test_memory_counts_codes_and_scales() -> None:
     key = np.ones((2, 10, 3, 32), dtype=np.float32)
     tokens = 2 * 10 * 3
-    expected = {"fp32": tokens * 32 * 4, "fp16": tokens * 32 * 2, "int8": tokens * (32 + 4), "int4": tokens * (16 + 4)}
+    # INT4 has zero points. Keys alone have a mean a channel and head: half of that for each of the two tensors that are counted.
+    means = 2 * 3 * 32 * 4 // 2
+    expected = {"fp32": tokens * 32 * 4, "fp16": tokens * 32 * 2, "int8": tokens * (32 + 4) + means, "int4": tokens * (16 + 4 + 4) + means}
     for precision, size in expected.items():
         method = UmfaMethod(precision)
         _, k, v = method.prepare(key, key, key)
@@ -316,7 +318,8 @@ def test_measure_and_report_on_a_tiny_model(tmp_path: Path) -> None:
     assert rows["umfa fp32"].top3_kept == 2
     assert rows["umfa fp32"].relative_rmse < 2e-6 < rows["umfa fp16"].relative_rmse < rows["umfa int8"].relative_rmse
     assert rows["umfa int8"].relative_rmse < 0.02 < rows["umfa int4"].relative_rmse < 0.4
-    assert rows["umfa int4"].kv_bytes < rows["umfa int8"].kv_bytes < rows["umfa fp16"].kv_bytes * 2 == rows["umfa fp32"].kv_bytes
+    # With 8 channels, zero points weigh as much as INT4 saves.
+    assert rows["umfa int4"].kv_bytes <= rows["umfa int8"].kv_bytes < rows["umfa fp16"].kv_bytes * 2 == rows["umfa fp32"].kv_bytes
 
     console = Console(width=80, record=True, file=io.StringIO())
     for part in (heading(result), measurement_table(result), caption(result), answer_table(result)):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 import umfa
+from umfa.scheme_errors import quantize_by
 
 __all__ = ["Method", "NumpyMethod", "TorchMethod", "UmfaMethod", "all_methods", "numpy_attention"]
 
@@ -199,7 +200,8 @@ class UmfaMethod(Method):
         """Count the memory that keys and values take in this method's precision, see `Method.kv_bytes`."""
         if self._quantize is None:
             return super().kv_bytes(key, value)
-        return sum(umfa.quantize(tensor, self._quantize, layout="bshd").nbytes for tensor in (key, value))
+        _, *schemes = umfa.QuantizationConfig("int8", self._quantize, self._quantize).schemes
+        return sum(quantize_by(x, scheme, "bshd").nbytes for x, scheme in zip((key, value), schemes, strict=True) if scheme is not None)
 
     def attend(self, query: np.ndarray, key: np.ndarray, value: np.ndarray, kv_lengths: np.ndarray) -> np.ndarray:
         """Compute attention, see `Method.attend`."""
