@@ -198,6 +198,15 @@ def test_strided_operands__of_one_packed_tensor():
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_scale_and_softcap__are_doubles():
+    inputs = operands(dtype=DOUBLE)
+    scale = 1 / 3
+    expected = torch.softmax(inputs[0] @ inputs[1].mT * scale, -1) @ inputs[2]
+    torch.testing.assert_close(umfa.attention(*inputs, scale=scale), expected, atol=1e-14, rtol=1e-13)
+    capped = torch.softmax(0.7 * torch.tanh(inputs[0] @ inputs[1].mT * scale / 0.7), -1) @ inputs[2]
+    torch.testing.assert_close(umfa.attention(*inputs, scale=scale, softcap=0.7), capped, atol=1e-14, rtol=1e-13)
+
+
 def test_one_tensor_in_three_roles__its_gradients_add_up():
     x = leaf(2, 5, 4)
     _, (ours,), grad_output = gradients_of(lambda x: umfa.attention(x, x, x), (x,))

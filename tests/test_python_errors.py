@@ -52,7 +52,6 @@ OPTIONS = [
     ("window", {1: 2}, ARGUMENT),
     ("scale", NAN, ARGUMENT),
     ("scale", INF, ARGUMENT),
-    ("scale", 1e300, ARGUMENT),
     ("scale", 10**400, ARGUMENT),
     ("scale", "1", TYPE),
     ("scale", True, TYPE),
