@@ -134,6 +134,55 @@ def test_attention__out_of_any_float_type__is_the_result_rounded_once(dtype, out
     assert_within(out, made.bounds.at.output, bound)
 
 
+def one_key(value, out_dtype):
+    """Attention to a single key, whose weight is exactly 1: the output is the value."""
+    query, key = np.zeros((1, 1, 1, 4), np.float32), np.zeros((value.shape[0], 1, 1, 4), np.float32)
+    out = np.empty(value.shape, out_dtype)
+    return umfa.attention(np.broadcast_to(query, key.shape), key, value, out=out)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention__every_number_of_16_bits__is_read_and_written_exactly(dtype):
+    numbers = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype]).reshape(1024, 1, 1, 64)
+    with np.errstate(all="ignore"):
+        real = numbers.astype(np.float64)
+        # What lies below float32's smallest normal number, in bfloat16, may be flushed.
+        served = np.isfinite(real) & (np.abs(real) >= np.finfo(np.float32).tiny)
+    numbers = np.where(served, numbers, DTYPES[dtype](0))
+    assert (one_key(numbers, np.float64) == numbers.astype(np.float64)).all()
+    assert (one_key(numbers, DTYPES[dtype]) == numbers).all()
+
+
+def rounded(numbers, dtype):
+    """float64 to another type, to nearest even, once; ml_dtypes would round twice, by way of float32."""
+    if dtype == "bfloat16":
+        fraction, exponent = np.frexp(numbers)
+        numbers = np.ldexp(np.rint(np.ldexp(fraction, 8)), exponent - 8)
+    return numbers.astype(DTYPES[dtype])
+
+
+@pytest.mark.parametrize("source", ["float32", "float64"])
+@pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
+def test_attention__output_between_two_numbers__is_rounded_to_nearest_even(source, target, rng):
+    """Halfway cases of all exponents, and their neighbours, beside random numbers."""
+    with np.errstate(all="ignore"):
+        exact = np.arange(2**16, dtype=np.uint16).view(DTYPES["bfloat16" if target == "bfloat16" else "float16"]).astype(np.float64)
+        if target == "float32":
+            exact = exact + np.spacing(exact.astype(np.float32)) * rng.integers(0, 3, exact.size)
+        exact = np.sort(exact[np.isfinite(exact)])
+        step = np.spacing(exact.astype(np.float32)) if target == "float32" else np.append(np.diff(exact), 0)
+        halfway = (exact + step / 2).astype(DTYPES[source])
+        near = [np.nextafter(halfway, DTYPES[source](side)) for side in (-np.inf, np.inf)]
+        numbers = np.concatenate([halfway, *near, rng.normal(size=5000).astype(DTYPES[source])])
+        # What float32 does not hold as a normal number may be flushed.
+        numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) >= np.finfo(np.float32).tiny)]
+        numbers = np.resize(numbers, (numbers.size // 64, 1, 1, 64))
+        expected = rounded(numbers.astype(np.float64), target)
+    got = one_key(numbers, DTYPES[target])
+    wrong = got != expected
+    assert not wrong.any(), (numbers[wrong][0], got[wrong][0], expected[wrong][0])
+
+
 @pytest.mark.parametrize("style", ["permuted", "sliced", "negative"])
 def test_attention__out_with_strides__writes_its_elements_and_nothing_else(style, rng):
     from cases import place

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
+import reference
 import umfa
 from cases import CODES, DTYPES, OPTIONS, STYLES, Operand, Sizes, place, problem, problem_with, to_layout
 from conftest import THREAD_COUNTS
@@ -408,8 +409,6 @@ def test_attention__dropout__keeps_the_share_that_it_says(probability):
 
 def test_attention__dropout_with_known_scores__follows_the_counter(rng):
     """With one value channel a column and equal weights, the output shows each element that was kept."""
-    import reference
-
     sizes = Sizes(batch=2, heads=3, kv_heads=1, rows=5, columns=67, channels=1, value_channels=67)
     options = reference.Options(0.0, dropout_p=0.3, seed=0xFEDCBA9876543210, dropout_offset=17)
     key, query = np.zeros(sizes.key, np.float32), np.zeros(sizes.query, np.float32)
@@ -440,3 +439,15 @@ def test_attention__a_view_of_a_packed_tensor__gives_the_bits_of_copies(rng):
     expected = umfa.attention(*map(np.ascontiguousarray, (q, k, v)), layout="bshd", causal=True)
     assert bits(umfa.attention(q, k, v, layout="bshd", causal=True)) == bits(expected)
     assert bits(to_layout(expected, "bshd")) == bits(umfa.attention(*(to_layout(tensor, "bshd") for tensor in (q, k, v)), causal=True))
+
+
+@pytest.mark.parametrize("element", [(0, 0), (3, 5), (4, 66)])
+def test_attention__dropout_at_the_threshold__keeps_the_word_that_equals_it(element):
+    """A word is kept from floor(dropout_p * 2^32) on, to the last bit."""
+    i, j = element
+    word = int(reference.philox((j >> 2, i, 0, 0), (9, 0))[j & 3])
+    zeros = np.zeros((1, 1, 5, 1), np.float32), np.zeros((1, 1, 67, 1), np.float32)
+    value = np.eye(67, dtype=np.float32)[None, None]
+    for probability, kept in ((word / 2**32, True), ((word + 0.5) / 2**32, True), ((word + 1) / 2**32, False)):
+        output = umfa.attention(*zeros, value, dropout_p=probability, seed=9)
+        assert (output[0, 0, i, j] > 0) == kept
