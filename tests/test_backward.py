@@ -36,7 +36,7 @@ def run_backward(made, grad_out, grad_lse=None, names=None, **others):
     """Gradients by name, those of operands ``[batch, heads, tokens, channels]``."""
     import umfa
 
-    out, lse = umfa.attention(*made.arguments, **made.keywords, return_lse=True)
+    out, lse = umfa.attention(*made.arguments, **made.keywords, context=others.get("context"), return_lse=True)
     names = names_of(made) if names is None else names
     results = umfa.attention_backward(
         grad_out, *made.arguments, out, lse, **{**made.keywords, "grad_lse": grad_lse, "gradients": names, **others}

@@ -17,9 +17,59 @@ struct AttentionPlan {
         _ problem: AttentionProblem, _ gradients: AttentionGradients?, _ table: KernelTable, threads: Int32, base: UnsafeMutableRawPointer?
     ) throws(MFAError) {
         var layout = WorkspaceLayout(base: base)
+        var (attention, fused) = try AttentionPlan.describe(problem, table, threads: threads, &layout)
+        var steps: [Step] = []
+        if let gradients {
+            let dValues: UnsafeMutableRawPointer
+            if let given = gradients.dValues {
+                dValues = given
+            } else {
+                dValues = try layout.take(problem.rowCount, of: problem.statisticSize)
+            }
+            attention.add(gradients, dValues: dValues)
+            // Integer kernels round the weights of their output: what it would give for d_values is too far off.
+            if attention.hasCodes { attention.output.data = nil }
+            if !gradients.dValuesGiven { steps.append(.dValues) }
+            if gradients.gradQuery != nil { steps.append(.backwardQuery) }
+            if gradients.gradKey != nil || gradients.gradValue != nil { steps.append(.backwardKeyValue) }
+            if gradients.wantsBias { steps.append(.backwardBias) }
+        } else {
+            steps.append(.forward)
+        }
+
+        var kernels: [cpu_attention_kernel] = []
+        for step in steps { kernels.append(try table.kernel(step, problem.arithmetic, for: &attention)) }
+        let sharedSizes = withUnsafePointer(to: attention) { attention in
+            kernels.map { Int(clamping: $0.shared_bytes?(attention) ?? 0) }
+        }
+        // Kernels run one after the other, so one piece serves them all.
+        attention.shared = try layout.take(sharedSizes.max() ?? 0)
+
+        var items: Int64 = 0
+        var scratchSize = 0
+        for pass in fused {
+            items = max(items, pass.items)
+            scratchSize = max(scratchSize, pass.scratchSize)
+        }
+        withUnsafePointer(to: attention) { attention in
+            for kernel in kernels {
+                items = max(items, kernel.item_count(attention), kernel.prepare_items?(attention) ?? 0)
+                scratchSize = max(scratchSize, Int(clamping: kernel.workspace_bytes(attention)))
+            }
+        }
+        team = try Team(threads: threads, items: items, scratchSize: scratchSize, &layout)
+        workspaceSize = layout.size
+        self.attention = attention
+        self.kernels = kernels
+        self.fused = fused
+    }
+
+    /// The problem as kernels see it, and what quantises the operands that come as floats.
+    private static func describe(
+        _ problem: AttentionProblem, _ table: KernelTable, threads: Int32, _ layout: inout WorkspaceLayout
+    ) throws(MFAError) -> (cpu_attention, [QuantizationPass]) {
         let options = problem.options
         var attention = cpu_attention(problem)
-        var kernels: [cpu_attention_kernel] = []
         var fused: [QuantizationPass] = []
         if let scheme = options.quantizeQuery {
             let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, table, threads: threads, &layout)
@@ -37,39 +87,14 @@ struct AttentionPlan {
             attention.value = codes.tensor
             fused.append(codes.pass)
         }
-        if let gradients {
-            let dValues: UnsafeMutableRawPointer
-            if let given = gradients.dValues {
-                dValues = given
-            } else {
-                dValues = try layout.take(problem.rowCount, of: problem.statisticSize)
-            }
-            attention.add(gradients, dValues: dValues)
-            if !gradients.dValuesGiven { kernels.append(try table.kernel(.dValues, for: problem)) }
-            if gradients.gradQuery != nil { kernels.append(try table.kernel(.backwardQuery, for: problem)) }
-            if gradients.gradKey != nil || gradients.gradValue != nil { kernels.append(try table.kernel(.backwardKeyValue, for: problem)) }
-            if gradients.wantsBias { kernels.append(try table.kernel(.backwardBias, for: problem)) }
-        } else {
-            kernels.append(try table.kernel(.forward, for: problem))
-        }
+        return (attention, fused)
+    }
 
-        var items: Int64 = 0
-        var scratchSize = 0
-        for pass in fused {
-            items = max(items, pass.items)
-            scratchSize = max(scratchSize, pass.scratchSize)
-        }
-        withUnsafePointer(to: attention) { attention in
-            for kernel in kernels {
-                items = max(items, kernel.item_count(attention))
-                scratchSize = max(scratchSize, Int(clamping: kernel.workspace_bytes(attention)))
-            }
-        }
-        team = try Team(threads: threads, items: items, scratchSize: scratchSize, &layout)
-        workspaceSize = layout.size
-        self.attention = attention
-        self.kernels = kernels
-        self.fused = fused
+    /// The kernel that a problem would use for a step.
+    static func kernel(_ step: Step, _ problem: AttentionProblem, _ table: KernelTable) throws(MFAError) -> cpu_attention_kernel {
+        var layout = WorkspaceLayout(base: nil)
+        var (attention, _) = try describe(problem, table, threads: 1, &layout)
+        return try table.kernel(step, problem.arithmetic, for: &attention)
     }
 
     /// Computes it all. Throws before anything is written, if an operand that is to be quantised is not finite.

@@ -75,7 +75,7 @@ public final class CPUBackend: Backend {
 
     public func forward(_ problem: AttentionProblem) throws(MFAError) {
         if problem.isEmpty {
-            _ = try table.kernel(.forward, for: problem)
+            _ = try AttentionPlan.kernel(.forward, problem, table)
             return
         }
         try plan(problem, nil).run()
@@ -104,7 +104,7 @@ public final class CPUBackend: Backend {
     }
 
     public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
-        try table.kernel(Step(operation), for: problem).name
+        try AttentionPlan.kernel(Step(operation), problem, table).name
     }
 
     /// A plan whose workspace is there.

@@ -35,12 +35,14 @@ enum InstructionSet: Int, CaseIterable {
     case baseline
     case avx2
     case avx512
+    case avx512vnni
 
     var name: StaticString {
         switch self {
         case .baseline: "baseline"
         case .avx2: "avx2"
         case .avx512: "avx512"
+        case .avx512vnni: "avx512vnni"
         }
     }
 
@@ -50,13 +52,17 @@ enum InstructionSet: Int, CaseIterable {
         case .baseline: true
         case .avx2: cpu_has_avx2()
         case .avx512: cpu_has_avx2() && cpu_has_avx512()
+        case .avx512vnni: cpu_has_avx512vnni()
         }
     }
 }
 
 /// Kernels of one make. Tests force one by MFA_KERNELS.
 enum KernelFamily: String {
+    /// Plain C for everything.
     case reference
+    /// Products of INT8 and INT4 operands in integers.
+    case integer
 }
 
 /// A line of the table.
@@ -66,8 +72,6 @@ struct KernelEntry {
     let family: KernelFamily
     let instructionSet: InstructionSet
     let kernel: cpu_attention_kernel
-    /// Whether it can compute this problem.
-    let serves: (AttentionProblem) -> Bool
 }
 
 /// The kernels that one context uses.
@@ -83,14 +87,18 @@ struct KernelTable {
     private static func all() -> [KernelEntry] {
         var entries: [KernelEntry] = []
 
-        func reference(_ step: Step, _ arithmetic: Arithmetic, _ instructionSet: InstructionSet, _ kernel: cpu_attention_kernel) {
+        func add(
+            _ family: KernelFamily, _ step: Step, _ arithmetic: Arithmetic, _ instructionSet: InstructionSet, _ kernel: cpu_attention_kernel
+        ) {
             entries.append(
-                KernelEntry(
-                    step: step, arithmetic: arithmetic, family: .reference, instructionSet: instructionSet, kernel: kernel,
-                    serves: { _ in true }))
+                KernelEntry(step: step, arithmetic: arithmetic, family: family, instructionSet: instructionSet, kernel: kernel))
+        }
+        func reference(_ step: Step, _ arithmetic: Arithmetic, _ instructionSet: InstructionSet, _ kernel: cpu_attention_kernel) {
+            add(.reference, step, arithmetic, instructionSet, kernel)
         }
 
         #if arch(x86_64)
+        add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
         reference(.forward, .fp32, .avx512, attention_forward_fp32_reference_avx512)
         reference(.dValues, .fp32, .avx512, attention_d_values_fp32_reference_avx512)
         reference(.backwardQuery, .fp32, .avx512, attention_backward_query_fp32_reference_avx512)
@@ -162,9 +170,11 @@ struct KernelTable {
         quantization = KernelTable.quantization(instructionSet)
     }
 
-    /// The kernel for a step of a problem.
-    func kernel(_ step: Step, for problem: AttentionProblem) throws(MFAError) -> cpu_attention_kernel {
-        for entry in entries[KernelTable.index(step, problem.arithmetic)] where entry.serves(problem) { return entry.kernel }
+    /// The kernel for a step of a problem, as kernels see it.
+    func kernel(
+        _ step: Step, _ arithmetic: Arithmetic, for attention: UnsafePointer<cpu_attention>
+    ) throws(MFAError) -> cpu_attention_kernel {
+        for entry in entries[KernelTable.index(step, arithmetic)] where entry.kernel.serves?(attention) ?? true { return entry.kernel }
         throw .unsupported("no kernel on this device serves \(step.name) of this problem")
     }
 

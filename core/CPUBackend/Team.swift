@@ -18,12 +18,18 @@ struct Team {
 
     func scratch(of thread: Int32) -> UnsafeMutableRawPointer { scratch + Int(thread) * scratchSize }
 
-    /// Runs all items of an attention kernel.
+    /// Runs an attention kernel: its preparation, then its items.
     func run(_ kernel: cpu_attention_kernel, _ attention: UnsafePointer<cpu_attention>) {
         struct Work {
             let team: Team
             let kernel: cpu_attention_kernel
             let attention: UnsafePointer<cpu_attention>
+        }
+        if let items = kernel.prepare_items?(attention) {
+            run(items, Work(team: self, kernel: kernel, attention: attention)) { state, item, thread in
+                guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+                work.kernel.prepare?(work.attention, item, work.team.scratch(of: thread))
+            }
         }
         run(kernel.item_count(attention), Work(team: self, kernel: kernel, attention: attention)) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }

@@ -27,3 +27,11 @@ bool cpu_has_avx512(void) {
     return false;
 #endif
 }
+
+bool cpu_has_avx512vnni(void) {
+#if defined(__x86_64__)
+    return cpu_has_avx2() && cpu_has_avx512() && __builtin_cpu_supports("avx512vnni");
+#else
+    return false;
+#endif
+}

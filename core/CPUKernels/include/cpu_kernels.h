@@ -31,6 +31,9 @@ bool cpu_has_avx2(void);
 /* The same of AVX-512 with its F, BW, DQ and VL parts. */
 bool cpu_has_avx512(void);
 
+/* The same of AVX-512's VNNI part. */
+bool cpu_has_avx512vnni(void);
+
 /* ---- Tensors ------------------------------------------------------------------------------------------------------------------------- */
 
 typedef enum cpu_precision {
@@ -86,7 +89,8 @@ typedef struct cpu_attention {
     double dropout_p;
     uint64_t seed;
     uint32_t dropout_offset;
-    bool float_statistics; /* statistics are float whatever the arithmetic is */
+    void* _Nullable shared; /* workspace that all items read: what the kernel's preparation wrote */
+    bool float_statistics;  /* statistics are float whatever the arithmetic is */
 
     /* Backward only. */
     cpu_tensor grad_output;
@@ -101,6 +105,12 @@ typedef struct cpu_attention {
 /* A kernel: how many items a problem has, how much workspace a thread needs (aligned to 64 bytes, contents arbitrary), and one item's work. */
 typedef struct cpu_attention_kernel {
     const char* _Nonnull name;
+    /* Whether it computes this problem; NULL: any. Looks at no data. */
+    bool (*_Nullable serves)(const cpu_attention* _Nonnull attention);
+    /* Preparation, all of it done before the first item: bytes of attention->shared, how many items, and one's work. NULL: none. */
+    size_t (*_Nullable shared_bytes)(const cpu_attention* _Nonnull attention);
+    int64_t (*_Nullable prepare_items)(const cpu_attention* _Nonnull attention);
+    void (*_Nullable prepare)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
     int64_t (*_Nonnull item_count)(const cpu_attention* _Nonnull attention);
     size_t (*_Nonnull workspace_bytes)(const cpu_attention* _Nonnull attention);
     void (*_Nonnull run)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
@@ -127,6 +137,10 @@ CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx2)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx2)
 CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx512)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
+#endif
+
+#if defined(__x86_64__)
+extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #endif
 
 /* ---- Quantisation -------------------------------------------------------------------------------------------------------------------- */

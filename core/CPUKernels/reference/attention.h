@@ -34,6 +34,7 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #include "real.h"
 #include "multiply.h"
 #include "tile.h"
+#include "rows.h"
 #include "forward.h"
 #include "backward.h"
 /* clang-format on */

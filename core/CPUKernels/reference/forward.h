@@ -2,18 +2,14 @@
 
 typedef struct {
     score_tile tile;
-    real* rows;          /* [tile rows][channels]: queries in, output out */
-    real* query;         /* [head_dim][tile rows] */
-    real* key;           /* [TILE_COLUMNS][head_dim] */
-    real* value;         /* [TILE_COLUMNS][head_dim_v] */
-    real* finite_value;  /* the same, for tiles that are not finite */
-    real* output;        /* [head_dim_v][tile rows] */
-    real* dropout;       /* [TILE_COLUMNS][tile rows] */
-    real* highest;       /* of each row: the highest score so far */
-    real* sum;           /* sum of exp(score - highest) */
-    real* rescale;       /* exp(old highest - new highest) */
-    real_bits* attended; /* whether any column was attended */
-    real_bits* is_nan;   /* whether any score was NaN */
+    real* rows;         /* [tile rows][channels]: queries in, output out */
+    real* query;        /* [head_dim][tile rows] */
+    real* key;          /* [TILE_COLUMNS][head_dim] */
+    real* value;        /* [TILE_COLUMNS][head_dim_v] */
+    real* finite_value; /* the same, for tiles that are not finite */
+    real* output;       /* [head_dim_v][tile rows] */
+    real* dropout;      /* [TILE_COLUMNS][tile rows] */
+    row_statistics statistics;
 } forward_workspace;
 
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
@@ -27,11 +23,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->finite_value = workspace_take_reals(&cursor, TILE_COLUMNS * head_dim_v);
     workspace->output = workspace_take_reals(&cursor, head_dim_v * rows);
     workspace->dropout = attention->dropout_p > 0 ? workspace_take_reals(&cursor, TILE_COLUMNS * rows) : NULL;
-    workspace->highest = workspace_take_reals(&cursor, rows);
-    workspace->sum = workspace_take_reals(&cursor, rows);
-    workspace->rescale = workspace_take_reals(&cursor, rows);
-    workspace->attended = workspace_take(&cursor, rows, sizeof(real_bits));
-    workspace->is_nan = workspace_take(&cursor, rows, sizeof(real_bits));
+    take_row_statistics(&cursor, rows, &workspace->statistics);
     return cursor.used;
 }
 
@@ -45,32 +37,20 @@ static size_t forward_workspace_bytes(const cpu_attention* attention) {
 #endif
 }
 
-static int64_t row_tile_items(const cpu_attention* attention) {
-    return attention->batch_size * attention->num_heads * row_tile_count(attention);
-}
-
-/* Item -> head and first row. The last tiles come first: causal ones have the most columns. */
-static head_position locate_row_tile(const cpu_attention* attention, int64_t item, int64_t* first_row) {
-    int64_t tiles = row_tile_count(attention);
-    int64_t head = item / tiles;
-    *first_row = (tiles - 1 - item % tiles) * tile_rows(attention);
-    return locate_head(attention, head / attention->num_heads, head % attention->num_heads);
-}
-
 /* Replaces the tile's scores by exp(score - highest) and updates the rows' statistics. */
 static void accumulate_softmax(forward_workspace* workspace) {
     score_tile* tile = &workspace->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        vector old_highest = vector_load(workspace->highest + row);
+        vector old_highest = vector_load(workspace->statistics.highest + row);
         vector highest = old_highest;
-        vector_mask attended = *(vector_mask*)(workspace->attended + row);
-        vector_mask is_nan = *(vector_mask*)(workspace->is_nan + row);
+        vector_mask attended = *(vector_mask*)(workspace->statistics.attended + row);
+        vector_mask is_nan = *(vector_mask*)(workspace->statistics.is_nan + row);
         for (int64_t column = 0; column < tile->columns; column++) {
             vector score = vector_load(tile->scores + column * tile->rows + row);
             highest = vector_max(highest, score);
             is_nan |= score != score;
         }
-        *(vector_mask*)(workspace->is_nan + row) = is_nan;
+        *(vector_mask*)(workspace->statistics.is_nan + row) = is_nan;
         /* Only -inf so far: any finite reference gives exp(-inf) = 0. */
         vector reference = vector_select(highest == -(real)INFINITY, vector_of(0), highest);
         vector sum = vector_of(0);
@@ -88,10 +68,10 @@ static void accumulate_softmax(forward_workspace* workspace) {
             }
         }
         vector rescale = vector_exp(old_highest - reference);
-        vector_store(workspace->highest + row, highest);
-        vector_store(workspace->rescale + row, rescale);
-        vector_store(workspace->sum + row, vector_load(workspace->sum + row) * rescale + sum);
-        *(vector_mask*)(workspace->attended + row) = attended;
+        vector_store(workspace->statistics.highest + row, highest);
+        vector_store(workspace->statistics.rescale + row, rescale);
+        vector_store(workspace->statistics.sum + row, vector_load(workspace->statistics.sum + row) * rescale + sum);
+        *(vector_mask*)(workspace->statistics.attended + row) = attended;
     }
 }
 
@@ -113,12 +93,12 @@ static void accumulate_output(const cpu_attention* attention, forward_workspace*
     const score_tile* tile = &workspace->tile;
     const int64_t rows = tile->rows, head_dim_v = attention->head_dim_v;
     vector_mask changed = (vector_mask)(real_bits)0;
-    for (int64_t row = 0; row < rows; row += LANES) changed |= vector_load(workspace->rescale + row) != (real)1;
+    for (int64_t row = 0; row < rows; row += LANES) changed |= vector_load(workspace->statistics.rescale + row) != (real)1;
     if (vector_any(changed)) {
         for (int64_t channel = 0; channel < head_dim_v; channel++) {
             for (int64_t row = 0; row < rows; row += LANES) {
                 real* at = workspace->output + channel * rows + row;
-                vector_store(at, vector_load(at) * vector_load(workspace->rescale + row));
+                vector_store(at, vector_load(at) * vector_load(workspace->statistics.rescale + row));
             }
         }
     }
@@ -136,31 +116,6 @@ static void accumulate_output(const cpu_attention* attention, forward_workspace*
     }
     multiply(head_dim_v, rows, tile->columns, value, 1, head_dim_v, tile->scores, rows, workspace->output, rows, true);
     if (!finite) poison_output(attention, workspace);
-}
-
-/* The factor of a row's accumulated output that makes it the result, and the row's logsumexp. */
-static real finish_row(const cpu_attention* attention, const forward_workspace* workspace, int64_t row, real* logsumexp) {
-    const real infinity = (real)INFINITY;
-    real highest = workspace->highest[row], sum = workspace->sum[row];
-    real sink = attention->sinks ? get_statistic(attention, attention->sinks, workspace->tile.position.h) : -infinity;
-    bool has_sink = !(sink == -infinity);
-    if (!workspace->attended[row]) {
-        *logsumexp = sink;
-        return 0;
-    }
-    if (highest == infinity) { /* inf - inf made the sum NaN, but the formula's logsumexp is infinite */
-        *logsumexp = workspace->is_nan[row] || sink != sink ? (real)NAN : infinity;
-        return (real)NAN;
-    }
-    if (!has_sink) {
-        *logsumexp = (real)((double)highest + log((double)sum));
-        return highest == -infinity ? (real)NAN : 1 / sum;
-    }
-    real reference = sink > highest ? sink : highest;
-    real weight = real_exp(highest - reference);
-    real total = sum * weight + (sink == reference ? 1 : real_exp(sink - reference));
-    *logsumexp = (real)((double)reference + log((double)total));
-    return weight / total;
 }
 
 #if !KERNEL_FP64
@@ -193,13 +148,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     const cpu_tensor query = score_operand(&attention->query), key = score_operand(&attention->key);
     load_rows(&query, at->b, at->h, first_row, valid_rows, head_dim, workspace.rows, head_dim);
     transpose_rows(workspace.rows, head_dim, valid_rows, head_dim, workspace.query, rows);
-    for (int64_t row = 0; row < rows; row++) {
-        workspace.highest[row] = -(real)INFINITY;
-        workspace.sum[row] = 0;
-        workspace.attended[row] = 0;
-        workspace.is_nan[row] = 0;
-        tile->infinite[row] = 0;
-    }
+    clear_row_statistics(&workspace.statistics, tile);
     memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
 
     column_range range = columns_of_rows(attention, at, first_row, valid_rows);
@@ -216,20 +165,21 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
     for (int64_t row = 0; row < valid_rows; row++) {
         real logsumexp;
-        real factor = finish_row(attention, &workspace, row, &logsumexp);
+        real factor = finish_row(attention, at, &workspace.statistics, row, &logsumexp);
         for (int64_t channel = 0; channel < head_dim_v; channel++) {
-            workspace.rows[row * head_dim_v + channel] = workspace.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
+            workspace.rows[row * head_dim_v + channel] =
+                workspace.statistics.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
         }
         store_row(&attention->output, at->b, at->h, first_row + row, head_dim_v, workspace.rows + row * head_dim_v);
         if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
-        workspace.rescale[row] = logsumexp;
+        workspace.statistics.rescale[row] = logsumexp;
     }
 #if !KERNEL_FP64
     /* Which rows are to be computed again is noted before the workspace is given to it. */
     uint64_t overflow = 0;
     for (int64_t row = 0; row < valid_rows; row++) {
-        bool finite = row_is_finite(workspace.rows + row * head_dim_v, head_dim_v, workspace.rescale[row]);
-        if (workspace.attended[row] && (tile->infinite[row] || !finite)) overflow |= (uint64_t)1 << row;
+        bool finite = row_is_finite(workspace.rows + row * head_dim_v, head_dim_v, workspace.statistics.rescale[row]);
+        if (workspace.statistics.attended[row] && (tile->infinite[row] || !finite)) overflow |= (uint64_t)1 << row;
     }
     for (int64_t row = 0, run; row < valid_rows; row += run + 1) {
         for (run = 0; row + run < valid_rows && overflow >> (row + run) & 1; run++) {}
@@ -244,8 +194,7 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     forward_rows(attention, position, first_row, minimum(tile_rows(attention), attention->seq_len_q - first_row), memory);
 }
 
-#if KERNEL_FP64
-/* For the FP32 kernels of the same instruction set. */
+/* For kernels that leave some rows to this one. */
 void KERNEL_NAME(attention_forward_rows, KERNEL_SUFFIX)(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row,
                                                         int64_t rows, void* memory) {
     for (int64_t row = 0; row < rows; row += tile_rows(attention)) {
@@ -254,6 +203,5 @@ void KERNEL_NAME(attention_forward_rows, KERNEL_SUFFIX)(const cpu_attention* att
 }
 
 size_t KERNEL_NAME(attention_forward_rows_bytes, KERNEL_SUFFIX)(const cpu_attention* attention) {
-    return forward_layout(attention, NULL, &(forward_workspace){0});
+    return forward_workspace_bytes(attention);
 }
-#endif

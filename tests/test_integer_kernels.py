@@ -1,0 +1,243 @@
+"""The kernels that multiply codes as integers: within what rounding weights to 8 bits can cost, and bit for bit where nothing may matter.
+
+The other suites force the reference kernels (see conftest.py), whose results have the bounds of FP32 arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import umfa
+from cases import OPTIONS, Operand, Problem, Sizes, problem, quantized_operand
+from test_backward import random_gradients, run_backward
+from tolerances import assert_within
+
+BLOCK = 128  # key columns that share a largest weight
+
+
+@pytest.fixture(scope="module")
+def contexts():
+    """Contexts with the integer kernels by their number of threads, and "reference", one with the reference kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MFA_KERNELS", "avx512vnni")
+        try:
+            made = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in (1, 2, 3, 7)}
+        except umfa.DeviceUnavailableError:
+            pytest.skip("this processor has no AVX-512 with VNNI")
+        patch.setenv("MFA_KERNELS", "reference")
+        made["reference"] = umfa.MFAContext(device="cpu", num_threads=2)
+    yield made
+    for context in made.values():
+        context.close()
+
+
+def rounding_bound(made: Problem) -> np.ndarray:
+    """What rounding weights to multiples of 1/255 of the largest product of weight and value scale of a block adds to the bound."""
+    at, value, argument = made.bounds.at, made.value.real, made.value.argument
+    scales = np.ones(value.shape[:3])
+    if argument.granularity in ("tensor", "head", "token"):
+        scales = np.broadcast_to(argument.scales.reshape(argument.scales.shape + (1,) * (3 - argument.scales.ndim)), value.shape[:3])
+    group = at.weights.shape[1] // value.shape[1]
+    scales, sizes = np.repeat(scales, group, axis=1), np.repeat(np.abs(value), group, axis=1)
+    bound = np.zeros(at.output.shape)
+    for first in range(0, value.shape[2], BLOCK):
+        part = slice(first, first + BLOCK)
+        largest = (at.weights[..., part] * scales[:, :, None, part]).max(axis=-1)
+        attended = at.attended[..., part] / scales[:, :, None, part]
+        bound += largest[..., None] / 510 * (attended @ sizes[:, :, part])
+    return 1.001 * bound + 1e-5 * (at.weights @ sizes)
+
+
+def check(made: Problem, context: umfa.MFAContext) -> np.ndarray:
+    """Compare with the reference on the dequantised operands, and see that it was not the reference kernel that ran."""
+    output, logsumexp = made.run(context=context)
+    at = made.bounds.at
+    assert_within(output, at.output, made.bounds.output + rounding_bound(made), "output")
+    finite = np.where(np.isfinite(at.logsumexp), np.abs(at.logsumexp), 0)
+    assert_within(logsumexp, at.logsumexp, 2e-5 * np.maximum(1, np.maximum(finite, made.bounds.scores)), "logsumexp")
+    return output
+
+
+def integer_problem(
+    rng, sizes=None, dtypes=("int8", "int8", "int8"), granularities=("token",) * 3, asymmetric=False, **keywords
+) -> Problem:
+    """A problem on codes; only INT4 has zero points here, small ones."""
+    sizes = sizes or Sizes(rows=70, columns=300, channels=40, value_channels=24)
+    operands = []
+    for shape, dtype, granularity in zip((sizes.query, sizes.key, sizes.value), dtypes, granularities):
+        operands.append(quantized_operand(rng, shape, dtype, granularity=granularity, asymmetric=asymmetric and dtype == "int4"))
+    return Problem(sizes, *operands, {"scale": 0.02, **keywords}, "int8", "float32")
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if not name.startswith(("dropout", "all", "scale"))])
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_attention__each_option_on_integers__is_within_the_rounding_of_weights(option, dtype, contexts, rng):
+    sizes = Sizes(rows=70, columns=300, channels=40, value_channels=24)
+    made = integer_problem(rng, sizes, (dtype,) * 3).with_keywords(**OPTIONS[option](rng, sizes, np.float32))
+    output = check(made, contexts[2])
+    reference = made.run(context=contexts["reference"])[0]
+    assert output.tobytes() != reference.tobytes(), "the integer kernel must have run"
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(("int8", "int4"), repeat=3)), ids="-".join)
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_attention__each_mix_of_codes__is_within_the_rounding_of_weights(dtypes, asymmetric, contexts, rng):
+    check(integer_problem(rng, dtypes=dtypes, asymmetric=asymmetric, causal=True), contexts[2])
+
+
+@pytest.mark.parametrize(
+    "granularities", [("tensor",) * 3, ("head",) * 3, ("token",) * 3, ("block", "block", "token"), ("token", "token", "channel")]
+)
+def test_attention__each_granularity__is_within_the_rounding_of_weights(granularities, contexts, rng):
+    check(integer_problem(rng, granularities=granularities), contexts[2])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4, 17, 64, 65, 128, 200, 1024])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (1, 131), (16, 128), (65, 129), (64, 257)])
+def test_attention__head_sizes_and_tiles__are_within_the_rounding_of_weights(channels, rows, columns, contexts, rng):
+    sizes = Sizes(batch=1, heads=2, kv_heads=1, rows=rows, columns=columns, channels=channels, value_channels=min(channels + 3, 1024))
+    check(integer_problem(rng, sizes, scale=0.1 / np.sqrt(channels)), contexts[1])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"softcap": 2.0}, {"sinks": np.array([0.5, -1, 2, 0], np.float32)}], ids=["plain", "softcap", "sinks"]
+)
+def test_attention__smoothed_and_rotated_keys__are_within_the_rounding_of_weights(causal, options, contexts, rng):
+    sizes = Sizes(rows=40, columns=150, channels=32, value_channels=32)
+    values = [rng.normal(size=shape).astype(np.float32) for shape in (sizes.query, sizes.key, sizes.value)]
+    values[1] += 3 * rng.normal(size=(1, 1, 1, 32)).astype(np.float32)
+    codes = [
+        umfa.quantize(values[0], "int8", rotate=True),
+        umfa.quantize(values[1], "int8", smooth=True, rotate=True),
+        umfa.quantize(values[2], "int8"),
+    ]
+    operands = [Operand(each, each.dequantize().astype(np.float64)) for each in codes]
+    check(Problem(sizes, *operands, {"causal": causal, **options}, "int8", "float32"), contexts[2])
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_attention__quantised_on_the_fly__is_as_exact_as_promised(scheme, contexts, rng):
+    q, k, v = (rng.normal(size=(1, 4, 512, 64)).astype(np.float32) for _ in range(3))
+    exact = umfa.attention(q, k, v, context=contexts["reference"])
+    error = umfa.attention(q, k, v, quantize=scheme, context=contexts[2]) - exact
+    assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < {"int8": 0.016, "int4": 0.15}[scheme]
+
+
+@pytest.mark.parametrize("option", ["plain", "causal_lower_right", "lengths", "mask_bool", "alibi", "softcap"])
+def test_attention__threads_runs_and_batches__never_change_a_bit(option, contexts, rng):
+    sizes = Sizes(batch=3, rows=70, columns=300, channels=40, value_channels=24)
+    made = integer_problem(rng, sizes).with_keywords(**OPTIONS[option](rng, sizes, np.float32))
+    first = [result.tobytes() for result in made.run(context=contexts[1])]
+    for threads in (1, 2, 3, 7):
+        assert [result.tobytes() for result in made.run(context=contexts[threads])] == first
+
+
+def test_attention__a_padded_sequence_of_codes__gives_the_bits_of_the_unpadded(contexts, rng):
+    made = integer_problem(rng, Sizes(batch=1, rows=37, columns=300, channels=40, value_channels=24))
+    long = made.with_keywords(kv_lengths=[203]).run(context=contexts[2])
+    shorter = []
+    for operand in (made.key, made.value):
+        codes = operand.argument
+        cut = umfa.QuantizedTensor(
+            codes.data[:, :, :203],
+            np.ascontiguousarray(codes.scales[:, :, :203]),
+            None,
+            shape=(*codes.shape[:2], 203, codes.shape[3]),
+            granularity="token",
+        )
+        shorter.append(cut)
+    short = umfa.attention(made.query.argument, *shorter, scale=0.02, return_lse=True, context=contexts[2])
+    assert [each.tobytes() for each in long] == [each.tobytes() for each in short]
+
+
+def test_attention__grouped_heads_of_codes__give_the_bits_of_repeated_ones(contexts, rng):
+    made = integer_problem(rng, Sizes(batch=2, heads=4, kv_heads=2, rows=37, columns=140, channels=40, value_channels=24))
+    repeated = []
+    for operand in (made.key, made.value):
+        codes = operand.argument
+        repeated.append(
+            umfa.QuantizedTensor(
+                np.repeat(codes.data, 2, axis=1),
+                np.repeat(codes.scales, 2, axis=1),
+                None,
+                shape=(2, 4, *codes.shape[2:]),
+                granularity="token",
+            )
+        )
+    grouped = made.run(context=contexts[2])
+    alone = umfa.attention(made.query.argument, *repeated, scale=0.02, return_lse=True, context=contexts[2])
+    assert [each.tobytes() for each in grouped] == [each.tobytes() for each in alone]
+
+
+@pytest.mark.parametrize("style", ["permuted", "sliced", "negative"])
+def test_attention__codes_at_any_strides__give_the_bits_of_contiguous_ones(style, contexts, rng):
+    sizes = Sizes(batch=2, rows=37, columns=140, channels=40, value_channels=24)
+    made = problem(rng, sizes, dtypes=("int8",) * 3, styles=(style,) * 3, scale=0.02)
+    contiguous = []
+    for operand in (made.query, made.key, made.value):
+        codes = operand.argument
+        contiguous.append(
+            umfa.QuantizedTensor(
+                np.ascontiguousarray(codes.data), codes.scales, codes.zero_points, shape=codes.shape, granularity=codes.granularity
+            )
+        )
+    strided = made.run(context=contexts[2])
+    plain = umfa.attention(*contiguous, scale=0.02, return_lse=True, context=contexts[2])
+    assert [each.tobytes() for each in strided] == [each.tobytes() for each in plain]
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_kernel(place, contexts, rng):
+    made = integer_problem(rng, dtypes=("int4",) * 3, asymmetric=True)
+    argument = made.arguments[place]
+    argument.zero_points[...] += 1000
+    results = [made.run(context=contexts[which]) for which in (2, "reference")]
+    assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
+
+
+def test_attention__values_of_zero_with_scale_one__cost_the_others_no_bits(contexts, rng):
+    """A row of zeros quantises to scale 1, which may be far above the others' scales."""
+    q, k, v = (rng.normal(size=(1, 2, 256, 32)).astype(np.float32) for _ in range(3))
+    v[:, :, ::3] = 0
+    v *= 1e-3
+    codes = [umfa.quantize(each, "int8") for each in (q, k, v)]
+    assert codes[2].scales.max() == 1
+    exact = umfa.attention(*codes, context=contexts["reference"])
+    error = umfa.attention(*codes, context=contexts[2]) - exact
+    assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < 0.012
+
+
+def test_attention__an_infinite_bias__makes_the_rows_nan_that_the_formulas_make(contexts, rng):
+    made = integer_problem(rng, Sizes(batch=1, rows=40, columns=140, channels=40, value_channels=24))
+    mask = np.zeros((40, 140), np.float32)
+    mask[7, 3], mask[9, :], mask[11, 5] = np.inf, -np.inf, np.nan
+    output, logsumexp = made.with_keywords(mask=mask).run(context=contexts[2])
+    assert np.isnan(output[:, :, [7, 11]]).all()
+    assert (output[:, :, 9] == 0).all()
+    assert np.isneginf(logsumexp[:, :, 9]).all()
+    assert np.isfinite(np.delete(output, [7, 11], axis=2)).all()
+
+
+@pytest.mark.parametrize("option", ["plain", "causal", "softcap", "lengths"])
+def test_attention_backward__after_an_integer_forward__equals_that_after_the_reference(option, contexts, rng):
+    sizes = Sizes(batch=1, rows=40, columns=140, channels=40, value_channels=24)
+    made = integer_problem(rng, sizes).with_keywords(**OPTIONS[option](rng, sizes, np.float32))
+    grad_out, grad_lse = random_gradients(made, np.random.default_rng(0))
+    got, expected = (
+        run_backward(made, grad_out, grad_lse, ("query", "key", "value"), context=contexts[which]) for which in (2, "reference")
+    )
+    for name in got:
+        np.testing.assert_allclose(got[name], expected[name], rtol=1e-3, atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
+
+
+def test_umfa_check__with_the_kernels_of_this_processor__passes():
+    environment = {name: text for name, text in os.environ.items() if name != "MFA_KERNELS"}
+    done = subprocess.run([sys.executable, "-m", "umfa.cli", "check"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
