@@ -99,8 +99,7 @@ struct AttentionPlan {
 
     /// Computes it all. Throws before anything is written, if an operand that is to be quantised is not finite.
     func run() throws(MFAError) {
-        for pass in fused { try pass.scan(team) }
-        for pass in fused { pass.write(team) }
+        for pass in fused { try pass.writeWorkspace(team) }
         withUnsafePointer(to: attention) { for kernel in kernels { team.run(kernel, $0) } }
     }
 }

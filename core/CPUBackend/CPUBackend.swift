@@ -124,7 +124,7 @@ public final class CPUBackend: Backend {
         }
         let (pass, team) = try prepare(problem)
         try pass.scan(team)
-        pass.write(team)
+        try pass.write(team)
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {

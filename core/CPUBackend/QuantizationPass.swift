@@ -48,21 +48,35 @@ struct QuantizationPass {
 
     /// First half of quantising: finds the extremes. Throws if a value that takes part is not finite.
     func scan(_ team: Team) throws(MFAError) {
-        failures.initialize(repeating: false, count: Int(team.threads))
-        run(team) { state, item, thread in
+        try runChecked(team) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
             if !work.kernel.scan(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
-        }
-        for thread in 0..<Int(team.threads) where failures[thread] {
-            throw .notFinite(name)
         }
     }
 
     /// Second half: writes scales, zero points, means and codes.
-    func write(_ team: Team) {
-        run(team) { state, item, thread in
+    func write(_ team: Team) throws(MFAError) {
+        try runChecked(team) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
-            work.kernel.write(work.quantization, item, work.team.scratch(of: thread))
+            if !work.kernel.write(work.quantization, item, work.team.scratch(of: thread)) { work.failures[Int(thread)] = true }
+        }
+    }
+
+    /// Both halves, for codes in workspace: the second alone tells whether values are finite, where scales belong to single tokens.
+    func writeWorkspace(_ team: Team) throws(MFAError) {
+        let oneScale = quantization.output.scale_strides.2 == 0 && quantization.output.scale_strides.3 == 0
+        if oneScale { try scan(team) }
+        try write(team)
+    }
+
+    /// Runs a task that notes failures. Throws if there is one.
+    private func runChecked(
+        _ team: Team, _ task: @convention(c) (UnsafeMutableRawPointer?, Int64, Int32) -> Void
+    ) throws(MFAError) {
+        failures.initialize(repeating: false, count: Int(team.threads))
+        run(team, task)
+        for thread in 0..<Int(team.threads) where failures[thread] {
+            throw .argument("`\(name)`: values to be quantised must be finite, as FP32 and after rotation and smoothing")
         }
     }
 

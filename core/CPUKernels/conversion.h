@@ -165,36 +165,67 @@ static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int6
 
 /* ---- Rotation and dequantisation ----------------------------------------------------------------------------------------------------- */
 
+/* Sixteen numbers, in as many registers as the instruction set needs. */
+typedef float rotation_vector __attribute__((vector_size(64)));
+typedef int32_t rotation_signs __attribute__((vector_size(64)));
+
+enum { ROTATION_LANES = 16 };
+
+/* One stage on numbers `distance` lanes apart: those of each pair become their sum and their difference. Negating is exact, so a + (-b) has
+ * the bits of a - b. */
+#define ROTATE_STAGE(vector, signs, ...)                                                      \
+    do {                                                                                      \
+        const rotation_vector partner = __builtin_shufflevector(vector, vector, __VA_ARGS__); \
+        vector = partner + (rotation_vector)((rotation_signs)vector ^ (signs));               \
+    } while (0)
+
+/* The stages of distance 1, 2, 4 and 8, on sixteen numbers. */
+static inline void rotate_sixteen(float* numbers) {
+#pragma clang fp contract(off)
+    const int32_t minus = INT32_MIN;
+    const rotation_signs by_1 = {0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus};
+    const rotation_signs by_2 = {0, 0, minus, minus, 0, 0, minus, minus, 0, 0, minus, minus, 0, 0, minus, minus};
+    const rotation_signs by_4 = {0, 0, 0, 0, minus, minus, minus, minus, 0, 0, 0, 0, minus, minus, minus, minus};
+    const rotation_signs by_8 = {0, 0, 0, 0, 0, 0, 0, 0, minus, minus, minus, minus, minus, minus, minus, minus};
+    rotation_vector vector;
+    memcpy(&vector, numbers, sizeof vector);
+    ROTATE_STAGE(vector, by_1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    ROTATE_STAGE(vector, by_2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    ROTATE_STAGE(vector, by_4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    ROTATE_STAGE(vector, by_8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    memcpy(numbers, &vector, sizeof vector);
+}
+
+#undef ROTATE_STAGE
+
 /* The Walsh-Hadamard transform of each block of n channels, in place, n being the largest power of two that divides `channels`: natural
  * order, stages of distance 1, 2, 4 ... n/2, then one multiplication by the FP32 number nearest 1/sqrt(n). It is its own inverse. */
 static inline void rotate_row(float* row, int64_t channels) {
 #pragma clang fp contract(off)
-    typedef float four_floats __attribute__((vector_size(16), aligned(4), may_alias));
     const int64_t n = channels & -channels;
-    if (n == 2) {
-        for (int64_t d = 0; d < channels; d += 2) {
-            const float a = row[d], b = row[d + 1];
-            row[d] = a + b;
-            row[d + 1] = a - b;
+    int64_t distance = 1;
+    if (n >= ROTATION_LANES) {
+        for (int64_t start = 0; start < channels; start += ROTATION_LANES) {
+            rotate_sixteen(row + start);
         }
-    } else if (n >= 4) { /* both stages within four channels at once */
-        for (int64_t d = 0; d < channels; d += 4) {
-            const float sum_01 = row[d] + row[d + 1], difference_01 = row[d] - row[d + 1];
-            const float sum_23 = row[d + 2] + row[d + 3], difference_23 = row[d + 2] - row[d + 3];
-            row[d] = sum_01 + sum_23;
-            row[d + 1] = difference_01 + difference_23;
-            row[d + 2] = sum_01 - sum_23;
-            row[d + 3] = difference_01 - difference_23;
-        }
+        distance = ROTATION_LANES;
     }
-    for (int64_t distance = 4; distance < n; distance *= 2) {
+    for (; distance < n; distance *= 2) {
         for (int64_t start = 0; start < channels; start += 2 * distance) {
-            for (int64_t d = start; d < start + distance; d += 4) {
-                four_floats* first = (four_floats*)(row + d);
-                four_floats* second = (four_floats*)(row + d + distance);
-                const four_floats a = *first, b = *second;
-                *first = a + b;
-                *second = a - b;
+            float *first = row + start, *second = first + distance;
+            int64_t d = 0;
+            for (; d + ROTATION_LANES <= distance; d += ROTATION_LANES) {
+                rotation_vector a, b;
+                memcpy(&a, first + d, sizeof a);
+                memcpy(&b, second + d, sizeof b);
+                const rotation_vector sum = a + b, difference = a - b;
+                memcpy(first + d, &sum, sizeof sum);
+                memcpy(second + d, &difference, sizeof difference);
+            }
+            for (; d < distance; ++d) {
+                const float x = first[d], y = second[d];
+                first[d] = x + y;
+                second[d] = x - y;
             }
         }
     }

@@ -284,8 +284,9 @@ static void write_rows(const quantization_item* item, int64_t first, int64_t las
     }
 }
 
-/* Writes tokens first ..< last and their scales, one for each group of `width` channels, the first of them at `index`. */
-static void write_band(const quantization_item* item, int64_t first, int64_t last, int64_t width, int64_t index) {
+/* Writes tokens first ..< last and their scales, one for each group of `width` channels, the first of them at `index`. False, with nothing
+ * written but scales, if a value is not finite. */
+static bool write_band(const quantization_item* item, int64_t first, int64_t last, int64_t width, int64_t index) {
     const cpu_tensor* output = &item->quantization->output;
     clear_extremes(item);
     for (int64_t s = first; s < last; ++s) {
@@ -294,7 +295,11 @@ static void write_band(const quantization_item* item, int64_t first, int64_t las
     }
     for (int64_t channel = 0; channel < item->channels; channel += width, index += output->scale_strides[3]) {
         const int64_t end = channel + width < item->channels ? channel + width : item->channels;
-        const scale_and_zero_point value = scale_for_range(output, range_of_channels(item, channel, end));
+        const value_range range = range_of_channels(item, channel, end);
+        if (!isfinite(range.lowest) || !isfinite(range.highest)) {
+            return false;
+        }
+        const scale_and_zero_point value = scale_for_range(output, range);
         write_scale(output, index, value);
         use_scale(item, channel, end, value);
     }
@@ -303,6 +308,7 @@ static void write_band(const quantization_item* item, int64_t first, int64_t las
     } else {
         write_rows(item, first, last);
     }
+    return true;
 }
 
 /* ---- Passes -------------------------------------------------------------------------------------------------------------------------- */
@@ -323,7 +329,7 @@ static bool quantize_scan(const cpu_quantization* quantization, int64_t index, v
     return isfinite(range.lowest) && isfinite(range.highest);
 }
 
-static void quantize_write(const cpu_quantization* quantization, int64_t index, void* workspace) {
+static bool quantize_write(const cpu_quantization* quantization, int64_t index, void* workspace) {
     quantization_item item = make_item(quantization, index, workspace);
     const cpu_tensor* output = &quantization->output;
     if (output->channel_means != NULL) {
@@ -340,7 +346,7 @@ static void quantize_write(const cpu_quantization* quantization, int64_t index, 
         }
         use_scale(&item, 0, item.channels, value);
         write_rows(&item, 0, item.tokens);
-        return;
+        return true;
     }
 
     /* Bands cover all tokens, also those that take no part: their scales are 1. */
@@ -351,8 +357,11 @@ static void quantize_write(const cpu_quantization* quantization, int64_t index, 
     for (int64_t band = 0; band < bands; ++band) {
         const int64_t first = band * height;
         const int64_t last = height < item.tokens - first ? first + height : item.tokens;
-        write_band(&item, first, last, width, first_scale + band * output->scale_strides[2]);
+        if (!write_band(&item, first, last, width, first_scale + band * output->scale_strides[2])) {
+            return false;
+        }
     }
+    return true;
 }
 
 static void dequantize(const cpu_quantization* quantization, int64_t index, void* workspace) {
