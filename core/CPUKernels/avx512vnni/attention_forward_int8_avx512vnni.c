@@ -9,7 +9,8 @@
  *
  * Scores carry the logarithm of their value's scale from the start. The largest weight is that of a block of TILE_COLUMNS keys, so each block
  * uses all of the 8 bits; blocks are joined in FP32.
- * Keys, values and their sums are prepared once for each head of keys, INT4 codes unpacked with their zero points subtracted.
+ * Keys, values and their sums are prepared once for each head of keys, INT4 codes unpacked with their zero points subtracted: all of them before
+ * the first tile where several tiles of rows use them, else (decoding) block by block on the way.
  *
  * Numerical contract: codes and dot products are exact; scores, statistics and the output are FP32; a weight has an error of at most 1/510 of
  * its block's largest; logsumexp is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and heads whose zero points
@@ -75,8 +76,9 @@ static bool forward_serves(const cpu_attention* attention) {
 
 /* ---- Prepared keys and values -------------------------------------------------------------------------------------------------------- */
 
-/* Of one head of keys and values. Arrays over tokens are padded to STEP. */
+/* Tokens of one head of keys and values, from `first` on. Arrays over tokens are padded to STEP. */
 typedef struct {
+    int64_t first;
     int32_t* key_offsets;  /* [tokens]: -128 * sum of the key's bytes */
     float* key_scales;     /* [tokens] */
     float* value_logs;     /* [tokens]: log2 of the value's scale; 0 where values have a scale a channel */
@@ -96,9 +98,15 @@ static bool keys_stay(const cpu_attention* attention) {
     return attention->key.precision == CPU_INT8 && attention->key.strides[3] == 1 && attention->head_dim % STEP == 0;
 }
 
-static size_t prepared_layout(const cpu_attention* attention, char* memory, prepared_head* head) {
+/* Whether only one tile of rows uses each head of keys. */
+static bool prepares_blocks(const cpu_attention* attention) {
+    return forward_tile_count(attention) == 1;
+}
+
+static size_t prepared_layout(const cpu_attention* attention, int64_t tokens, char* memory, prepared_head* head) {
     workspace_cursor cursor = {memory, 0};
-    int64_t tokens = round_up(attention->seq_len_kv, STEP);
+    tokens = round_up(tokens, STEP);
+    head->first = 0;
     head->key_offsets = workspace_take(&cursor, tokens, sizeof(int32_t));
     head->key_scales = workspace_take(&cursor, tokens, sizeof(float));
     head->value_logs = workspace_take(&cursor, tokens, sizeof(float));
@@ -106,23 +114,30 @@ static size_t prepared_layout(const cpu_attention* attention, char* memory, prep
     head->values = workspace_take(&cursor, tokens * attention->head_dim_v, 1);
     head->key_stride = round_up(attention->head_dim, STEP);
     head->keys = keys_stay(attention) ? NULL : workspace_take(&cursor, tokens * head->key_stride, 1);
-    head->irregular = workspace_take(&cursor, prepared_chunks(attention), 1);
+    head->irregular = workspace_take(&cursor, divide_up(tokens, PREPARED_TOKENS), 1);
     return cursor.used;
 }
 
-static size_t shared_bytes(const cpu_attention* attention) {
-    return prepared_layout(attention, NULL, &(prepared_head){0}) * (size_t)(attention->batch_size * attention->num_kv_heads);
+/* Where keys stay in the caller's memory: finds them there. */
+static void find_keys(const cpu_attention* attention, int64_t b, int64_t kv_head, prepared_head* head) {
+    if (!keys_stay(attention)) return;
+    head->keys = (int8_t*)attention->key.data + row_offset(&attention->key, b, kv_head, head->first);
+    head->key_stride = attention->key.strides[2];
 }
 
-/* The prepared head, keys included where they stay in the caller's memory. */
+static size_t shared_bytes(const cpu_attention* attention) {
+    if (prepares_blocks(attention)) return 0;
+    size_t bytes = prepared_layout(attention, attention->seq_len_kv, NULL, &(prepared_head){0});
+    return bytes * (size_t)(attention->batch_size * attention->num_kv_heads);
+}
+
+/* A head that was prepared as a whole. */
 static prepared_head find_prepared_head(const cpu_attention* attention, int64_t b, int64_t kv_head) {
     prepared_head head;
-    size_t bytes = prepared_layout(attention, NULL, &head);
-    prepared_layout(attention, (char*)attention->shared + bytes * (size_t)(b * attention->num_kv_heads + kv_head), &head);
-    if (keys_stay(attention)) {
-        head.keys = (int8_t*)attention->key.data + row_offset(&attention->key, b, kv_head, 0);
-        head.key_stride = attention->key.strides[2];
-    }
+    size_t bytes = prepared_layout(attention, attention->seq_len_kv, NULL, &head);
+    char* memory = (char*)attention->shared + bytes * (size_t)(b * attention->num_kv_heads + kv_head);
+    prepared_layout(attention, attention->seq_len_kv, memory, &head);
+    find_keys(attention, b, kv_head, &head);
     return head;
 }
 
@@ -150,7 +165,7 @@ static bool load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int
 }
 
 static int64_t prepare_items(const cpu_attention* attention) {
-    return attention->batch_size * attention->num_kv_heads * prepared_chunks(attention);
+    return prepares_blocks(attention) ? 0 : attention->batch_size * attention->num_kv_heads * prepared_chunks(attention);
 }
 
 /* Writes four rows of bytes as [channel][4]. */
@@ -186,13 +201,14 @@ static void prepare_keys(const cpu_attention* attention, const prepared_head* he
                          bool* regular) {
     const cpu_tensor* key = &attention->key;
     for (int64_t s = first; s < last; s++) {
-        int8_t* bytes = head->keys + s * head->key_stride;
+        const int64_t at = s - head->first;
+        int8_t* bytes = head->keys + at * head->key_stride;
         if (!keys_stay(attention)) {
             *regular &= load_differences(key, b, kv_head, s, attention->head_dim, bytes);
             memset(bytes + attention->head_dim, 0, (size_t)(head->key_stride - attention->head_dim));
         }
-        head->key_offsets[s] = -128 * sum_of_bytes(bytes, attention->head_dim);
-        head->key_scales[s] = key->scales ? key->scales[scale_index(key, b, kv_head, s)] : 1;
+        head->key_offsets[at] = -128 * sum_of_bytes(bytes, attention->head_dim);
+        head->key_scales[at] = key->scales ? key->scales[scale_index(key, b, kv_head, s)] : 1;
     }
 }
 
@@ -219,8 +235,8 @@ static void prepare_value_scales(const cpu_attention* attention, const prepared_
     if (smallest == INFINITY) smallest = 1;
     for (int64_t s = first; s < last; s++) {
         float scale = zero[s - first] ? smallest : scales[s - first];
-        head->value_logs[s] = log2f(scale);
-        head->value_inverses[s] = 1 / scale;
+        head->value_logs[s - head->first] = log2f(scale);
+        head->value_inverses[s - head->first] = 1 / scale;
     }
 }
 
@@ -245,7 +261,7 @@ static void prepare_values(const cpu_attention* attention, const prepared_head* 
                     *regular &= load_differences(value, b, kv_head, s + k, channels, rows + k * channels);
                 }
             }
-            interleave_rows(source, pitch, channels, head->values + s * channels);
+            interleave_rows(source, pitch, channels, head->values + (s - head->first) * channels);
             for (int64_t k = 0; k < STEP && s + k < end; k++) zero[s + k - block] = is_zero(source + k * pitch, channels);
         }
         prepare_value_scales(attention, head, b, kv_head, block, end, zero, regular);
@@ -275,14 +291,16 @@ typedef struct {
     uint8_t* weights;     /* [TILE_COLUMNS / STEP][rows][STEP] */
     float* block_factors; /* [rows]: what a block's integer sums are multiplied by */
     float* row;           /* a row of numbers */
-    float* output;        /* [head_dim_v][rows] */
+    prepared_head block;  /* keys and values of one block, where they are prepared on the way */
+    char* block_memory;
+    float* output; /* [head_dim_v][rows] */
     row_statistics statistics;
 } forward_workspace;
 
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
-    int64_t rows = tile_rows(attention);
-    take_score_tile(&cursor, attention, false, &workspace->tile);
+    int64_t rows = forward_tile_rows(attention);
+    take_score_tile(&cursor, attention, rows, false, &workspace->tile);
     workspace->query = workspace_take(&cursor, round_up(attention->head_dim, STEP) * rows, 1);
     workspace->query_scales = workspace_take_reals(&cursor, rows);
     workspace->mean_scores = workspace_take_reals(&cursor, rows);
@@ -291,6 +309,10 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->row = workspace_take_reals(&cursor, maximum(attention->head_dim, attention->head_dim_v));
     workspace->output = workspace_take_reals(&cursor, attention->head_dim_v * rows);
     take_row_statistics(&cursor, rows, &workspace->statistics);
+    if (prepares_blocks(attention)) {
+        size_t bytes = prepared_layout(attention, TILE_COLUMNS, NULL, &workspace->block);
+        workspace->block_memory = workspace_take(&cursor, (int64_t)bytes, 1);
+    }
     return cursor.used;
 }
 
@@ -316,9 +338,9 @@ static bool load_queries(const cpu_attention* attention, forward_workspace* work
         workspace->mean_scores[row] = 0;
     }
     for (int64_t row = 0; row < tile->valid_rows; row++) {
-        const int64_t s = tile->first_row + row;
-        regular &= load_differences(query, at->b, at->h, s, head_dim, differences);
-        float scale = query->scales ? query->scales[scale_index(query, at->b, at->h, s)] : 1;
+        const row_place place = place_of_row(attention, at, tile->first_row + row);
+        regular &= load_differences(query, at->b, place.h, place.i, head_dim, differences);
+        float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
         workspace->query_scales[row] = scale;
         float sum = 0;
         for (int64_t d = 0; d < head_dim && means; d++) sum += (scale * (float)differences[d]) * means[d];
@@ -418,7 +440,7 @@ static void compute_dot_products(const cpu_attention* attention, const prepared_
     const int64_t steps = divide_up(attention->head_dim, STEP), rows = tile->rows;
     int32_t* scores = (int32_t*)tile->scores;
     for (int64_t column = 0; column < tile->columns; column += STEP) {
-        const int64_t s = tile->first_column + column;
+        const int64_t s = tile->first_column + column - head->first;
         const int8_t* keys = head->keys + s * head->key_stride;
         int64_t stride = head->key_stride;
         int32_t offsets[STEP] = {0};
@@ -443,7 +465,7 @@ static void compute_dot_products(const cpu_attention* attention, const prepared_
 static void accumulate_output(const cpu_attention* attention, const prepared_head* head, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     const int64_t steps = divide_up(tile->columns, STEP), rows = tile->rows, channels = attention->head_dim_v;
-    const int8_t* values = head->values + tile->first_column * channels;
+    const int8_t* values = head->values + (tile->first_column - head->first) * channels;
     int64_t d = 0;
     for (; d + STEP <= channels; d += STEP) {
 #define MULTIPLY_VALUES(vectors)                                                                                                       \
@@ -482,7 +504,7 @@ INLINE __m512i pack_weights(__m512i w0, __m512i w1, __m512i w2, __m512i w3) {
 static void compute_scores(const cpu_attention* attention, const prepared_head* head, forward_workspace* workspace) {
     score_tile* tile = &workspace->tile;
     for (int64_t column = 0; column < tile->columns; column++) {
-        __m512 key_scale = _mm512_set1_ps(head->key_scales[tile->first_column + column]);
+        __m512 key_scale = _mm512_set1_ps(head->key_scales[tile->first_column - head->first + column]);
         for (int64_t row = 0; row < tile->rows; row += LANES) {
             float* at = tile->scores + column * tile->rows + row;
             __m512 product = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), key_scale);
@@ -500,7 +522,7 @@ static const float LOG2_E = 1.44269504088896341f, LOG2_255 = 7.99435343685885791
 INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace, int64_t row, __m512 highest, __m512 offset) {
     const score_tile* tile = &workspace->tile;
     row_statistics* statistics = &workspace->statistics;
-    const float* inverses = head->value_inverses + tile->first_column;
+    const float* inverses = head->value_inverses + (tile->first_column - head->first);
     const __m512 minus_infinity = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
     const __m512 finite_highest = _mm512_mask_mov_ps(highest, _mm512_cmp_ps_mask(highest, minus_infinity, _CMP_EQ_OQ), zero);
     const __m512 reference = _mm512_sub_ps(finite_highest, _mm512_set1_ps(LOG2_255));
@@ -538,8 +560,8 @@ INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace,
 /* A block that no option touches: every key is attended and scores are the dot products, scaled. */
 static void weigh_plain_block(const cpu_attention* attention, const prepared_head* head, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
-    const float* key_scales = head->key_scales + tile->first_column;
-    const float* value_logs = head->value_logs + tile->first_column;
+    const float* key_scales = head->key_scales + (tile->first_column - head->first);
+    const float* value_logs = head->value_logs + (tile->first_column - head->first);
     const float scale = (float)attention->softmax_scale;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         const __m512 factor = _mm512_mul_ps(_mm512_load_ps(workspace->query_scales + row), _mm512_set1_ps(scale * LOG2_E));
@@ -561,7 +583,7 @@ static void weigh_plain_block(const cpu_attention* attention, const prepared_hea
 
 static void weigh_general_block(const cpu_attention* attention, const prepared_head* head, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
-    const float* value_logs = head->value_logs + tile->first_column;
+    const float* value_logs = head->value_logs + (tile->first_column - head->first);
     compute_scores(attention, head, workspace);
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         vector highest = vector_of(-INFINITY);
@@ -591,6 +613,20 @@ static bool head_is_regular(const prepared_head* head, int64_t keys) {
     return regular;
 }
 
+/* Prepares the keys and values of the placed tile. False if a code leaves the range of a byte. */
+static bool prepare_block(const cpu_attention* attention, forward_workspace* workspace) {
+    const head_position* at = &workspace->tile.position;
+    const int64_t first = workspace->tile.first_column, last = first + workspace->tile.columns;
+    prepared_head* block = &workspace->block;
+    prepared_layout(attention, TILE_COLUMNS, workspace->block_memory, block);
+    block->first = first;
+    find_keys(attention, at->b, at->kv_head, block);
+    bool regular = true;
+    prepare_keys(attention, block, at->b, at->kv_head, first, last, &regular);
+    prepare_values(attention, block, at->b, at->kv_head, first, last, &regular);
+    return regular;
+}
+
 static void store_rows(const cpu_attention* attention, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     const head_position* at = &tile->position;
@@ -600,13 +636,14 @@ static void store_rows(const cpu_attention* attention, forward_workspace* worksp
     const int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + tile->first_row;
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         real logsumexp;
-        real factor = finish_row(attention, at, &workspace->statistics, row, &logsumexp);
+        row_place place = place_of_row(attention, at, tile->first_row + row);
+        real factor = finish_row(attention, place.h, &workspace->statistics, row, &logsumexp);
         bool attended = workspace->statistics.attended[row];
         for (int64_t d = 0; d < attention->head_dim_v; d++) {
             real result = attended ? workspace->output[d * tile->rows + row] * factor : 0;
             workspace->row[d] = channel_scales ? result * channel_scales[d * value->scale_strides[3]] : result;
         }
-        store_row(&attention->output, at->b, at->h, tile->first_row + row, attention->head_dim_v, workspace->row);
+        store_row(&attention->output, at->b, place.h, place.i, attention->head_dim_v, workspace->row);
         if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
     }
 }
@@ -616,31 +653,37 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     forward_layout(attention, memory, &workspace);
     score_tile* tile = &workspace.tile;
     int64_t first_row;
-    tile->position = locate_row_tile(attention, item, &first_row);
+    tile->position = locate_forward_tile(attention, item, &first_row, &tile->valid_rows);
     const head_position* at = &tile->position;
     tile->first_row = first_row;
-    tile->valid_rows = minimum(tile_rows(attention), attention->seq_len_q - first_row);
     tile->rows = round_up(tile->valid_rows, LANES);
 
-    prepared_head head = find_prepared_head(attention, at->b, at->kv_head);
-    if (!load_queries(attention, &workspace) || !head_is_regular(&head, at->keys)) {
-        attention_forward_rows_fp32_reference_avx512(attention, at->b, at->h, first_row, tile->valid_rows, memory);
-        return;
+    const bool blocks = prepares_blocks(attention);
+    prepared_head* head = &workspace.block;
+    bool regular = load_queries(attention, &workspace);
+    if (!blocks) {
+        *head = find_prepared_head(attention, at->b, at->kv_head);
+        regular &= head_is_regular(head, at->keys);
     }
     clear_row_statistics(&workspace.statistics, tile);
     memset(workspace.output, 0, (size_t)(attention->head_dim_v * tile->rows) * sizeof(real));
 
     const bool plain = is_plain(attention);
     column_range range = columns_of_rows(attention, at, first_row, tile->valid_rows);
-    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
+    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; regular && column < range.last; column += TILE_COLUMNS) {
         if (!place_score_tile(attention, tile, column)) continue;
-        compute_dot_products(attention, &head, &workspace);
+        if (blocks) regular &= prepare_block(attention, &workspace);
+        compute_dot_products(attention, head, &workspace);
         if (plain && tile->full) {
-            weigh_plain_block(attention, &head, &workspace);
+            weigh_plain_block(attention, head, &workspace);
         } else {
-            weigh_general_block(attention, &head, &workspace);
+            weigh_general_block(attention, head, &workspace);
         }
-        accumulate_output(attention, &head, &workspace);
+        accumulate_output(attention, head, &workspace);
+    }
+    if (!regular) {
+        attention_forward_rows_fp32_reference_avx512(attention, at->b, at->h, first_row, tile->valid_rows, memory);
+        return;
     }
     store_rows(attention, &workspace);
 
@@ -665,7 +708,7 @@ const cpu_attention_kernel attention_forward_int8_avx512vnni = {
     .shared_bytes = shared_bytes,
     .prepare_items = prepare_items,
     .prepare = prepare_run,
-    .item_count = row_tile_items,
+    .item_count = forward_tile_items,
     .workspace_bytes = forward_workspace_bytes,
     .run = forward_run,
 };

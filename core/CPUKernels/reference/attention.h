@@ -52,7 +52,7 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
         .run = run_item,                                                 \
     }
 
-DEFINE_KERNEL(attention_forward, row_tile_items, forward_workspace_bytes, forward_run);
+DEFINE_KERNEL(attention_forward, forward_tile_items, forward_workspace_bytes, forward_run);
 DEFINE_KERNEL(attention_d_values, row_tile_items, backward_workspace_bytes, d_values_run);
 DEFINE_KERNEL(attention_backward_query, row_tile_items, backward_workspace_bytes, backward_query_run);
 DEFINE_KERNEL(attention_backward_key_value, backward_key_value_items, backward_workspace_bytes, backward_key_value_run);

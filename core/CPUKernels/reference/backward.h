@@ -30,7 +30,7 @@ static size_t backward_layout(const cpu_attention* attention, void* memory, back
     int64_t pitch = round_up(attention->head_dim, LANES), pitch_v = round_up(attention->head_dim_v, LANES);
     workspace->head_pitch = pitch;
     workspace->head_pitch_v = pitch_v;
-    take_score_tile(&cursor, attention, true, &workspace->tile);
+    take_score_tile(&cursor, attention, rows, true, &workspace->tile);
     workspace->query = workspace_take_reals(&cursor, rows * pitch);
     workspace->query_columns = workspace_take_reals(&cursor, pitch * rows);
     workspace->grad_output = workspace_take_reals(&cursor, rows * pitch_v);

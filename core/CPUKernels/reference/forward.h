@@ -14,8 +14,8 @@ typedef struct {
 
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
-    int64_t rows = tile_rows(attention), head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
-    take_score_tile(&cursor, attention, false, &workspace->tile);
+    int64_t rows = forward_tile_rows(attention), head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
+    take_score_tile(&cursor, attention, rows, false, &workspace->tile);
     workspace->rows = workspace_take_reals(&cursor, rows * maximum(head_dim, head_dim_v));
     workspace->query = workspace_take_reals(&cursor, head_dim * rows);
     workspace->key = workspace_take_reals(&cursor, TILE_COLUMNS * head_dim);
@@ -133,7 +133,7 @@ static void forward_rows_wide(const cpu_attention* attention, const head_positio
 }
 #endif
 
-/* Rows first_row ..< first_row + valid_rows of one head, at most a tile of them. */
+/* Rows first_row ..< first_row + valid_rows, counted from those of `position`, at most a tile of them. */
 static void forward_rows(const cpu_attention* attention, head_position position, int64_t first_row, int64_t valid_rows, void* memory) {
     forward_workspace workspace;
     forward_layout(attention, memory, &workspace);
@@ -146,7 +146,10 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v, rows = tile->rows;
 
     const cpu_tensor query = score_operand(&attention->query), key = score_operand(&attention->key);
-    load_rows(&query, at->b, at->h, first_row, valid_rows, head_dim, workspace.rows, head_dim);
+    for (int64_t row = 0; row < valid_rows; row++) {
+        row_place place = place_of_row(attention, at, first_row + row);
+        load_row(&query, at->b, place.h, place.i, head_dim, workspace.rows + row * head_dim);
+    }
     transpose_rows(workspace.rows, head_dim, valid_rows, head_dim, workspace.query, rows);
     clear_row_statistics(&workspace.statistics, tile);
     memset(workspace.output, 0, (size_t)(head_dim_v * rows) * sizeof(real));
@@ -165,12 +168,13 @@ static void forward_rows(const cpu_attention* attention, head_position position,
     int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
     for (int64_t row = 0; row < valid_rows; row++) {
         real logsumexp;
-        real factor = finish_row(attention, at, &workspace.statistics, row, &logsumexp);
+        row_place place = place_of_row(attention, at, first_row + row);
+        real factor = finish_row(attention, place.h, &workspace.statistics, row, &logsumexp);
         for (int64_t channel = 0; channel < head_dim_v; channel++) {
             workspace.rows[row * head_dim_v + channel] =
                 workspace.statistics.attended[row] ? workspace.output[channel * rows + row] * factor : 0;
         }
-        store_row(&attention->output, at->b, at->h, first_row + row, head_dim_v, workspace.rows + row * head_dim_v);
+        store_row(&attention->output, at->b, place.h, place.i, head_dim_v, workspace.rows + row * head_dim_v);
         if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
         workspace.statistics.rescale[row] = logsumexp;
     }
@@ -189,16 +193,16 @@ static void forward_rows(const cpu_attention* attention, head_position position,
 }
 
 static void forward_run(const cpu_attention* attention, int64_t item, void* memory) {
-    int64_t first_row;
-    head_position position = locate_row_tile(attention, item, &first_row);
-    forward_rows(attention, position, first_row, minimum(tile_rows(attention), attention->seq_len_q - first_row), memory);
+    int64_t first_row, rows;
+    head_position position = locate_forward_tile(attention, item, &first_row, &rows);
+    forward_rows(attention, position, first_row, rows, memory);
 }
 
 /* For kernels that leave some rows to this one. */
 void KERNEL_NAME(attention_forward_rows, KERNEL_SUFFIX)(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row,
                                                         int64_t rows, void* memory) {
-    for (int64_t row = 0; row < rows; row += tile_rows(attention)) {
-        forward_rows(attention, locate_head(attention, b, h), first_row + row, minimum(tile_rows(attention), rows - row), memory);
+    for (int64_t row = 0; row < rows; row += forward_tile_rows(attention)) {
+        forward_rows(attention, locate_head(attention, b, h), first_row + row, minimum(forward_tile_rows(attention), rows - row), memory);
     }
 }
 

@@ -28,11 +28,10 @@ static void clear_row_statistics(row_statistics* statistics, score_tile* tile) {
 }
 
 /* The factor of a row's accumulated output that makes it the result, and the row's logsumexp. */
-static real finish_row(const cpu_attention* attention, const head_position* position, const row_statistics* statistics, int64_t row,
-                       real* logsumexp) {
+static real finish_row(const cpu_attention* attention, int64_t h, const row_statistics* statistics, int64_t row, real* logsumexp) {
     const real infinity = (real)INFINITY;
     real highest = statistics->highest[row], sum = statistics->sum[row];
-    real sink = attention->sinks ? get_statistic(attention, attention->sinks, position->h) : -infinity;
+    real sink = attention->sinks ? get_statistic(attention, attention->sinks, h) : -infinity;
     bool has_sink = !(sink == -infinity);
     if (!statistics->attended[row]) {
         *logsumexp = sink;
@@ -54,6 +53,34 @@ static real finish_row(const cpu_attention* attention, const head_position* posi
 }
 
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Whether a tile holds the rows of all heads that share keys: where there are few rows, as in decoding. A row's result is the same in any tile,
+ * so this may depend on the number of heads. */
+static int64_t heads_in_tile(const cpu_attention* attention) {
+    return attention->seq_len_q <= TILE_ROWS / 2 ? attention->num_heads / attention->num_kv_heads : 1;
+}
+
+/* Rows of a forward tile, a multiple of LANES. */
+static int64_t forward_tile_rows(const cpu_attention* attention) {
+    return maximum(LANES, minimum(TILE_ROWS, round_up(attention->seq_len_q * heads_in_tile(attention), LANES)));
+}
+
+static int64_t forward_tile_count(const cpu_attention* attention) {
+    return divide_up(attention->seq_len_q * heads_in_tile(attention), forward_tile_rows(attention));
+}
+
+static int64_t forward_tile_items(const cpu_attention* attention) {
+    return attention->batch_size * (attention->num_heads / heads_in_tile(attention)) * forward_tile_count(attention);
+}
+
+/* Item -> first head and rows of a forward tile. The last tiles come first: causal ones have the most columns. */
+static head_position locate_forward_tile(const cpu_attention* attention, int64_t item, int64_t* first_row, int64_t* rows) {
+    const int64_t tiles = forward_tile_count(attention), heads = heads_in_tile(attention);
+    const int64_t groups = attention->num_heads / heads, group = item / tiles;
+    *first_row = (tiles - 1 - item % tiles) * forward_tile_rows(attention);
+    *rows = minimum(forward_tile_rows(attention), attention->seq_len_q * heads - *first_row);
+    return locate_head(attention, group / groups, group % groups * heads);
+}
 
 static int64_t row_tile_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_heads * row_tile_count(attention);

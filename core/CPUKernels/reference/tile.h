@@ -76,7 +76,8 @@ INLINE int64_t column_tile_count(const cpu_attention* attention) {
     return divide_up(attention->seq_len_kv, TILE_COLUMNS);
 }
 
-/* One (batch, head) pair: where its keys end and where its rows stand. */
+/* Query rows of one (batch, head) pair: where its keys end and where its rows stand. Rows are counted on through the heads behind h that
+ * share its keys, so a tile can hold rows of several heads: with few queries, keys and values are then read once for all of them. */
 typedef struct {
     int64_t b, h, kv_head;
     int64_t keys;   /* columns that exist */
@@ -92,6 +93,16 @@ static head_position locate_head(const cpu_attention* attention, int64_t b, int6
         position.offset = position.keys - attention->seq_len_q;
     }
     return position;
+}
+
+/* The head of a row, and its index there. */
+typedef struct {
+    int64_t h, i;
+} row_place;
+
+INLINE row_place place_of_row(const cpu_attention* attention, const head_position* position, int64_t row) {
+    if (row < attention->seq_len_q) return (row_place){position->h, row};
+    return (row_place){position->h + row / attention->seq_len_q, row % attention->seq_len_q};
 }
 
 /* The columns first ..< last that causality, window and length leave to row i; last <= first: none. */
@@ -113,8 +124,10 @@ static column_range columns_of_row(const cpu_attention* attention, const head_po
 
 /* All columns that some row of first_row ..< first_row + rows may attend. Limits grow with i, so the ends come from the outermost rows. */
 static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
-    column_range first = columns_of_row(attention, position, first_row);
-    column_range last = columns_of_row(attention, position, first_row + rows - 1);
+    row_place begin = place_of_row(attention, position, first_row), end = place_of_row(attention, position, first_row + rows - 1);
+    bool one_head = begin.h == end.h;
+    column_range first = columns_of_row(attention, position, one_head ? begin.i : 0);
+    column_range last = columns_of_row(attention, position, one_head ? end.i : attention->seq_len_q - 1);
     column_range range = {minimum(first.first, position->keys), last.last};
     if (range.last < range.first) range.last = range.first;
     return range;
@@ -214,10 +227,11 @@ static bool load_mask(const cpu_attention* attention, const head_position* posit
                       int64_t first_column, int64_t columns, real* additions) {
     const cpu_tensor* mask = &attention->mask;
     int64_t size = element_bytes(mask->precision);
-    const char* base = (const char*)mask->data + (position->b * mask->strides[0] + position->h * mask->strides[1]) * size;
+    const char* base = (const char*)mask->data + position->b * mask->strides[0] * size;
     bool any = false;
     for (int64_t row = 0; row < rows; row++) {
-        const char* line = base + ((first_row + row) * mask->strides[2] + first_column * mask->strides[3]) * size;
+        row_place place = place_of_row(attention, position, first_row + row);
+        const char* line = base + (place.h * mask->strides[1] + place.i * mask->strides[2] + first_column * mask->strides[3]) * size;
         for (int64_t column = 0; column < columns; column++) {
             const char* address = line + column * mask->strides[3] * size;
             real addition = mask->precision == CPU_BOOL ? (*address ? 0 : -(real)INFINITY) : additive_mask_value(mask, address);
@@ -258,11 +272,13 @@ static void load_dropout(const cpu_attention* attention, const head_position* po
                          int64_t first_column, int64_t columns, real* factors) {
     uint64_t threshold = (uint64_t)(attention->dropout_p * 4294967296.0);
     real kept = attention->dropout_p < 1 ? (real)(1 / (1 - attention->dropout_p)) : 0;
-    uint32_t head = (uint32_t)((uint64_t)position->b * (uint64_t)attention->num_heads + (uint64_t)position->h);
+    uint64_t first_head = (uint64_t)position->b * (uint64_t)attention->num_heads;
     for (int64_t column = 0; column < columns; column += 4) {
         int64_t group = minimum(4, columns - column);
         for (int64_t row = 0; row < padded_rows; row++) {
-            uint32_t counter[4] = {(uint32_t)((first_column + column) >> 2), (uint32_t)(first_row + row), head, attention->dropout_offset};
+            row_place place = place_of_row(attention, position, first_row + row);
+            uint32_t head = (uint32_t)(first_head + (uint64_t)place.h);
+            uint32_t counter[4] = {(uint32_t)((first_column + column) >> 2), (uint32_t)place.i, head, attention->dropout_offset};
             uint32_t words[4];
             philox(attention->seed, counter, words);
             for (int64_t k = 0; k < group; k++) factors[(column + k) * padded_rows + row] = words[k] >= threshold ? kept : 0;
@@ -295,8 +311,7 @@ static real softcap_of(const cpu_attention* attention) {
     return (real)attention->softcap;
 }
 
-static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, bool backward, score_tile* tile) {
-    int64_t rows = tile_rows(attention);
+static void take_score_tile(workspace_cursor* cursor, const cpu_attention* attention, int64_t rows, bool backward, score_tile* tile) {
     tile->rows = rows;
     tile->scores = workspace_take_reals(cursor, TILE_COLUMNS * rows);
     tile->attended = workspace_take(cursor, TILE_COLUMNS * rows, sizeof(real_bits));
@@ -315,7 +330,10 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     bool any = false;
     for (int64_t row = 0; row < tile->rows; row++) {
         column_range range = {first_column, first_column};
-        if (row < tile->valid_rows) range = columns_of_row(attention, &tile->position, tile->first_row + row);
+        if (row < tile->valid_rows) {
+            int64_t i = place_of_row(attention, &tile->position, tile->first_row + row).i;
+            range = columns_of_row(attention, &tile->position, i);
+        }
         int64_t first = minimum(maximum(range.first - first_column, 0), tile->columns);
         int64_t last = minimum(maximum(range.last - first_column, 0), tile->columns);
         tile->limits[row] = (real_bits)first;
@@ -331,12 +349,15 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
 /* Turns dot products into scores: scale, softcap, mask, ALiBi, then selection. */
 static void finish_scores(const cpu_attention* attention, score_tile* tile) {
     const real scale = (real)attention->softmax_scale, softcap = softcap_of(attention);
-    const real slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, tile->position.h) : 0;
     const int64_t rows = tile->rows;
     for (int64_t row = 0; row < rows; row += LANES) {
         vector diagonal = vector_of(0); /* key position of each row, from the tile's first column */
+        vector slope = vector_of(0);
         for (int lane = 0; lane < LANES && attention->alibi_slopes; lane++) {
-            diagonal[lane] = (real)(tile->first_row + row + lane + tile->position.offset - tile->first_column);
+            if (row + lane >= tile->valid_rows) break;
+            row_place place = place_of_row(attention, &tile->position, tile->first_row + row + lane);
+            diagonal[lane] = (real)(place.i + tile->position.offset - tile->first_column);
+            slope[lane] = get_statistic(attention, attention->alibi_slopes, place.h);
         }
         vector_mask first = *(const vector_mask*)(tile->limits + row);
         vector_mask last = *(const vector_mask*)(tile->limits + rows + row);
