@@ -557,7 +557,7 @@ INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace,
     vector_store(workspace->block_factors + row, factor);
 }
 
-/* A block that no option touches: every key is attended and scores are the dot products, scaled. */
+/* A block whose scores are nothing but scaled dot products; limits may exclude some of them. */
 static void weigh_plain_block(const cpu_attention* attention, const prepared_head* head, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     const float* key_scales = head->key_scales + (tile->first_column - head->first);
@@ -565,18 +565,26 @@ static void weigh_plain_block(const cpu_attention* attention, const prepared_hea
     const float scale = (float)attention->softmax_scale;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         const __m512 factor = _mm512_mul_ps(_mm512_load_ps(workspace->query_scales + row), _mm512_set1_ps(scale * LOG2_E));
+        const __m512i first = _mm512_load_si512(tile->limits + row), last = _mm512_load_si512(tile->limits + tile->rows + row);
+        const __mmask16 any = tile->full ? 0xFFFF : _mm512_cmplt_epi32_mask(first, last);
         __m512 highest = _mm512_set1_ps(-INFINITY);
         for (int64_t column = 0; column < tile->columns; column++) {
             float* at = tile->scores + column * tile->rows + row;
             __m512 number = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(at)), _mm512_set1_ps(key_scales[column]));
             __m512 logarithm = _mm512_fmadd_ps(number, factor, _mm512_set1_ps(value_logs[column]));
+            if (!tile->full) {
+                __m512i here = _mm512_set1_epi32((int32_t)column);
+                __mmask16 attended = _mm512_cmple_epi32_mask(first, here) & _mm512_cmplt_epi32_mask(here, last);
+                logarithm = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), attended, logarithm);
+            }
             highest = _mm512_max_ps(highest, logarithm);
             _mm512_store_ps(at, logarithm);
         }
         const __m512 offset = _mm512_mul_ps(_mm512_load_ps(workspace->mean_scores + row), _mm512_set1_ps(scale));
         const vector size = (vector)_mm512_add_ps(highest, offset);
-        *(vector_mask*)(tile->infinite + row) |= size - size != 0;
-        *(vector_mask*)(workspace->statistics.attended + row) = (vector_mask)(real_bits)-1;
+        const vector_mask attended = (vector_mask)_mm512_movm_epi32(any);
+        *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & attended;
+        *(vector_mask*)(workspace->statistics.attended + row) |= attended;
         weigh_block(head, workspace, row, highest, offset);
     }
 }
@@ -602,9 +610,10 @@ static void weigh_general_block(const cpu_attention* attention, const prepared_h
 
 /* ---- Tiles --------------------------------------------------------------------------------------------------------------------------- */
 
-/* Whether a full block's scores are nothing but scaled dot products. */
+/* Whether scores are nothing but scaled dot products. */
 static bool is_plain(const cpu_attention* attention) {
-    return attention->softcap == 0 && attention->alibi_slopes == NULL && fabs(attention->softmax_scale) < 1e30;
+    return attention->mask.data == NULL && attention->softcap == 0 && attention->alibi_slopes == NULL &&
+           fabs(attention->softmax_scale) < 1e30;
 }
 
 static bool head_is_regular(const prepared_head* head, int64_t keys) {
@@ -616,7 +625,7 @@ static bool head_is_regular(const prepared_head* head, int64_t keys) {
 /* Prepares the keys and values of the placed tile. False if a code leaves the range of a byte. */
 static bool prepare_block(const cpu_attention* attention, forward_workspace* workspace) {
     const head_position* at = &workspace->tile.position;
-    const int64_t first = workspace->tile.first_column, last = first + workspace->tile.columns;
+    const int64_t first = workspace->tile.first_column, last = minimum(first + TILE_COLUMNS, at->keys);
     prepared_head* block = &workspace->block;
     prepared_layout(attention, TILE_COLUMNS, workspace->block_memory, block);
     block->first = first;
@@ -671,10 +680,10 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     const bool plain = is_plain(attention);
     column_range range = columns_of_rows(attention, at, first_row, tile->valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; regular && column < range.last; column += TILE_COLUMNS) {
-        if (!place_score_tile(attention, tile, column)) continue;
+        if (!place_score_tile(attention, tile, column, range.last)) continue;
         if (blocks) regular &= prepare_block(attention, &workspace);
         compute_dot_products(attention, head, &workspace);
-        if (plain && tile->full) {
+        if (plain) {
             weigh_plain_block(attention, head, &workspace);
         } else {
             weigh_general_block(attention, head, &workspace);

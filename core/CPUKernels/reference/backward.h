@@ -166,7 +166,7 @@ static bool row_is_empty(const cpu_attention* attention, backward_workspace* wor
     score_tile* tile = &workspace->tile;
     column_range range = columns_of_row(attention, &tile->position, tile->first_row + row);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
-        if (!place_score_tile(attention, tile, column)) continue;
+        if (!place_score_tile(attention, tile, column, range.last)) continue;
         for (int64_t k = 0; k < tile->columns; k++) {
             bool in_range = k >= tile->limits[row] && k < tile->limits[tile->rows + row];
             if (in_range && !(tile->additions && tile->additions[k * tile->rows + row] == -(real)INFINITY)) return false;
@@ -198,7 +198,7 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
     }
     column_range range = columns_of_rows(attention, at, first_row, tile->valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
-        if (!place_score_tile(attention, tile, column)) continue;
+        if (!place_score_tile(attention, tile, column, range.last)) continue;
         load_key_value_rows(attention, &workspace, column, tile->columns);
         recompute_probabilities(attention, &workspace);
         for (int64_t k = 0; k < tile->columns; k++) {
@@ -242,7 +242,7 @@ static void backward_query_run(const cpu_attention* attention, int64_t item, voi
 
     column_range range = columns_of_rows(attention, at, first_row, tile->valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
-        if (!place_score_tile(attention, tile, column)) continue;
+        if (!place_score_tile(attention, tile, column, range.last)) continue;
         load_key_value_rows(attention, &workspace, column, tile->columns);
         recompute_probabilities(attention, &workspace);
         compute_score_gradients(&workspace);
@@ -310,7 +310,7 @@ static void backward_key_value_run(const cpu_attention* attention, int64_t item,
         for (int64_t first_row = 0; first_row < attention->seq_len_q; first_row += tile->rows) {
             tile->first_row = first_row;
             tile->valid_rows = minimum(tile->rows, attention->seq_len_q - first_row);
-            if (!place_score_tile(attention, tile, first_column)) continue;
+            if (!place_score_tile(attention, tile, first_column, tile->position.keys)) continue;
             load_query_rows(attention, &workspace, first_row, true);
             recompute_probabilities(attention, &workspace);
             compute_score_gradients(&workspace);
@@ -361,7 +361,7 @@ static bool compute_tile_of_score_gradients(const cpu_attention* attention, back
     score_tile* tile = &workspace->tile;
     tile->first_row = first_row;
     tile->valid_rows = minimum(tile->rows, attention->seq_len_q - first_row);
-    if (!place_score_tile(attention, tile, first_column)) return false;
+    if (!place_score_tile(attention, tile, first_column, tile->position.keys)) return false;
     load_query_rows(attention, workspace, first_row, true);
     load_key_value_rows(attention, workspace, first_column, tile->columns);
     recompute_probabilities(attention, workspace);

@@ -156,7 +156,7 @@ static void forward_rows(const cpu_attention* attention, head_position position,
 
     column_range range = columns_of_rows(attention, at, first_row, valid_rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
-        if (!place_score_tile(attention, tile, column)) continue;
+        if (!place_score_tile(attention, tile, column, range.last)) continue;
         load_rows(&key, at->b, at->kv_head, column, tile->columns, head_dim, workspace.key, head_dim);
         load_rows(&attention->value, at->b, at->kv_head, column, tile->columns, head_dim_v, workspace.value, head_dim_v);
         multiply(tile->columns, rows, head_dim, workspace.key, head_dim, 1, workspace.query, rows, tile->scores, rows, false);

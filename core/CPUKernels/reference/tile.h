@@ -321,10 +321,11 @@ static void take_score_tile(workspace_cursor* cursor, const cpu_attention* atten
     tile->cap_slopes = backward && softcap_of(attention) > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
 }
 
-/* Sets the tile's place. False if no element of it is attended, so that the tile can be skipped. Reads masks only. */
-static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column) {
+/* Sets the tile's place; it ends before last_column, behind which none of its rows attends anything. False if no element of it is attended, so
+ * that it can be skipped. Reads masks only. */
+static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column, int64_t last_column) {
     tile->first_column = first_column;
-    tile->columns = minimum(TILE_COLUMNS, tile->position.keys - first_column);
+    tile->columns = minimum(TILE_COLUMNS, minimum(last_column, tile->position.keys) - first_column);
     if (tile->columns <= 0) return false;
     tile->full = attention->mask.data == NULL;
     bool any = false;
