@@ -18,7 +18,8 @@ enum { LANES = 16 };
 #endif
 
 typedef real vector __attribute__((ext_vector_type(LANES)));
-typedef real_bits vector_mask __attribute__((ext_vector_type(LANES))); /* a lane is 0 or -1 */
+/* What comparing vectors gives, whichever of the integer types of that width it is: a lane is 0 or -1. */
+typedef __typeof__((vector){0} < (vector){0}) vector_mask;
 
 #define INLINE static inline __attribute__((always_inline))
 
