@@ -346,7 +346,7 @@ MFA_API int32_t mfa_attention_workspace_size(mfa_context_t* MFA_CHECKED context,
                                              const mfa_attention_gradients_t* MFA_NULLABLE gradients, uint64_t* MFA_CHECKED size);
 
 /* The name of the kernel that this problem would use for `operation` (MFA_OPERATION_*), in *name: a static string such as
- * "attention_forward_reference_avx2". Checks as above, without reading data. */
+ * "attention_forward_fp32_reference_avx2". Checks as above, without reading data. */
 MFA_API int32_t mfa_attention_kernel_name(mfa_context_t* MFA_CHECKED context, const mfa_attention_t* MFA_CHECKED attention, int32_t operation,
                                           const char* MFA_NULLABLE* MFA_CHECKED name);
 

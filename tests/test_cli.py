@@ -226,3 +226,13 @@ def test_importing_umfa_leaves_the_command_line_alone() -> None:
     code = "import sys, umfa; sys.exit(', '.join({'typer', 'rich', 'matplotlib', 'torch', 'tokenizers'} & set(sys.modules)) or None)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_main__kernels_that_do_not_exist__says_which_do(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "umfa.cli", "info"], capture_output=True, text=True, env={**os.environ, "MFA_KERNELS": "foo"}, check=False
+    )
+    assert done.returncode == 2
+    assert "MFA_KERNELS" in done.stderr
+    assert "avx2" in done.stderr
+    assert "Traceback" not in done.stderr

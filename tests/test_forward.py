@@ -303,3 +303,12 @@ def problems(draw):
 @settings(max_examples=200 if settings().max_examples < 200 else settings().max_examples)
 def test_attention__anything__equals_the_reference(made):
     check(made)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_attention__constant_values_over_many_keys__stay_constant(rows):
+    """Sums of tens of thousands of weights must not drift."""
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(1, 1, length, 8)).astype(np.float32) for length in (rows, 30_000))
+    output = umfa.attention(q, k, np.ones((1, 1, 30_000, 4), np.float32))
+    np.testing.assert_allclose(output, 1, rtol=4e-6)

@@ -38,7 +38,10 @@ def contexts():
 
 
 def rounding_bound(made: Problem) -> np.ndarray:
-    """What rounding weights to multiples of 1/255 of the largest product of weight and value scale of a block adds to the bound."""
+    """What rounding weights to multiples of 1/255 of the largest product of weight and value scale of a block adds to the bound.
+
+    Small ones are rounded up or down, the others to the nearest.
+    """
     at, value, argument = made.bounds.at, made.value.real, made.value.argument
     scales = np.ones(value.shape[:3])
     if argument.granularity in ("tensor", "head", "token"):
@@ -48,9 +51,10 @@ def rounding_bound(made: Problem) -> np.ndarray:
     bound = np.zeros(at.output.shape)
     for first in range(0, value.shape[2], BLOCK):
         part = slice(first, first + BLOCK)
-        largest = (at.weights[..., part] * scales[:, :, None, part]).max(axis=-1)
-        attended = at.attended[..., part] / scales[:, :, None, part]
-        bound += largest[..., None] / 510 * (attended @ sizes[:, :, part])
+        products = at.weights[..., part] * scales[:, :, None, part]
+        largest = products.max(axis=-1, keepdims=True)
+        error = np.where(products < 8.1 / 255 * largest, largest / 255, largest / 510) * at.attended[..., part]
+        bound += (error / scales[:, :, None, part]) @ sizes[:, :, part]
     return 1.001 * bound + 1e-5 * (at.weights @ sizes)
 
 
@@ -212,6 +216,65 @@ def test_attention__values_of_zero_with_scale_one__cost_the_others_no_bits(conte
     exact = umfa.attention(*codes, context=contexts["reference"])
     error = umfa.attention(*codes, context=contexts[2]) - exact
     assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < 0.012
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 6.3, 7.0, 10.0, 40.0])
+@pytest.mark.parametrize("columns", [128, 1000, 5000])
+def test_attention__constant_values__give_the_constant(lead, columns, contexts):
+    """One key of each block stands out: the many small weights beside it must not be lost, nor doubled."""
+    q = np.zeros((1, 1, 4, 16), np.float32)
+    q[..., 0] = 1
+    k = np.zeros((1, 1, columns, 16), np.float32)
+    k[:, :, ::BLOCK, 0] = lead
+    v = np.ones((1, 1, columns, 8), np.float32)
+    output = umfa.attention(
+        q, k, v, scale=1.0, quantize=umfa.QuantizationConfig(*[umfa.QuantizationScheme("int8", "token")] * 3), context=contexts[2]
+    )
+    np.testing.assert_allclose(output, 1, atol=0.012)
+
+
+@pytest.mark.parametrize("lead", [0.0, 7.0, 13.0, 60.0])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention__a_key_that_leads_to_a_value_of_zero__only_takes_its_share(lead, causal, contexts, rng):
+    q, k, v = (rng.normal(size=(1, 2, 200, 32)).astype(np.float32) for _ in range(3))
+    q[..., 0], k[..., 0], k[:, :, 0, 0], v[:, :, 0] = 3, 0, lead, 0
+    codes = [umfa.quantize(each, "int8") for each in (q, k, v)]
+    words = {"causal": causal, "return_lse": True}
+    exact, exact_lse = umfa.attention(*codes, **words, context=contexts["reference"])
+    output, lse = umfa.attention(*codes, **words, context=contexts[2])
+    np.testing.assert_allclose(lse, exact_lse, rtol=1e-5, atol=1e-5)
+    assert np.sqrt(np.mean((output - exact) ** 2)) <= 0.02 * np.sqrt(np.mean(exact**2)) + 1e-30
+
+
+@pytest.mark.parametrize("length", [1, 32, 65, 128, 129, 200])
+def test_attention__later_tokens__never_change_a_bit_of_causal_rows(length, contexts, rng):
+    whole = integer_problem(rng, Sizes(batch=1, rows=200, columns=200, channels=40, value_channels=24), causal=True)
+    whole.value.argument.data[:, :, 150] = 0
+    first = [
+        umfa.QuantizedTensor(
+            each.data[:, :, :length],
+            np.ascontiguousarray(each.scales[:, :, :length]),
+            None,
+            shape=(*each.shape[:2], length, each.shape[3]),
+            granularity="token",
+        )
+        for each in whole.arguments
+    ]
+    long = whole.run(context=contexts[2])
+    short = umfa.attention(*first, scale=0.02, causal=True, return_lse=True, context=contexts[2])
+    assert [each[:, :, :length].tobytes() for each in long] == [each.tobytes() for each in short]
+
+
+def test_attention__excluded_codes__never_change_a_bit(contexts, rng):
+    made = integer_problem(rng, Sizes(batch=1, rows=40, columns=300, channels=40, value_channels=24))
+    mask = rng.random((40, 300)) < 0.7
+    mask[:, 17::50] = False
+    made = made.with_keywords(mask=mask)
+    before = [each.tobytes() for each in made.run(context=contexts[2])]
+    for operand in (made.key, made.value):
+        operand.argument.data[:, :, 17::50] = 0
+        operand.argument.scales[:, :, 17::50] *= 1e-6
+    assert [each.tobytes() for each in made.run(context=contexts[2])] == before
 
 
 def test_attention__an_infinite_bias__makes_the_rows_nan_that_the_formulas_make(contexts, rng):

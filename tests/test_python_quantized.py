@@ -240,3 +240,9 @@ def test_empty():
     made = umfa.quantize(np.zeros((2, 3, 0, 8), np.float32))
     assert made.dequantize().shape == (2, 3, 0, 8)
     assert not umfa.attention(X[..., :8], made, made).any()
+
+
+def test_quantized_tensor__as_an_array__is_refused():
+    tensor = umfa.quantize(np.ones((1, 1, 2, 4), np.float32))
+    with pytest.raises(TypeError, match="dequantize"):
+        np.asarray(tensor)

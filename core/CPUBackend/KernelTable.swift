@@ -133,6 +133,12 @@ struct KernelTable {
         return entries
     }
 
+    /// What MFA_KERNELS can say.
+    private static var names: String {
+        let sets = InstructionSet.allCases.map { "\($0.name)" }
+        return ([KernelFamily.reference.rawValue, KernelFamily.integer.rawValue] + sets).joined(separator: ", ")
+    }
+
     /// The quantisation kernel for an instruction set.
     private static func quantization(_ instructionSet: InstructionSet) -> cpu_quantization_kernel {
         #if arch(x86_64)
@@ -141,8 +147,8 @@ struct KernelTable {
         return quantization_reference
     }
 
-    /// The kernels that this processor runs and that `forced` allows: nil for all, the name of a family, or that of the best instruction set
-    /// to be used.
+    /// The kernels that this processor runs and that `forced` allows: nil for all, the name of the one family that may serve before the
+    /// reference kernels, or that of the best instruction set to be used.
     init(forced: String?) throws(MFAError) {
         var allowed = InstructionSet.allCases.last(where: \.isAvailable) ?? .baseline
         var family: KernelFamily?
@@ -155,13 +161,14 @@ struct KernelTable {
             } else if let named = KernelFamily(rawValue: forced) {
                 family = named
             } else {
-                throw MFAError(.deviceUnavailable, "MFA_KERNELS must name a family of kernels or an instruction set (got \"\(forced)\")")
+                throw MFAError(.deviceUnavailable, "MFA_KERNELS must be one of \(KernelTable.names) (got \"\(forced)\")")
             }
         }
         let limit = allowed.rawValue
         var entries = [[KernelEntry]](repeating: [], count: Step.allCases.count * 2)
         var best = InstructionSet.baseline
-        for entry in KernelTable.all() where entry.instructionSet.rawValue <= limit && (family == nil || entry.family == family) {
+        for entry in KernelTable.all()
+        where entry.instructionSet.rawValue <= limit && (family == nil || entry.family == family || entry.family == .reference) {
             entries[KernelTable.index(entry.step, entry.arithmetic)].append(entry)
             if entry.instructionSet.rawValue > best.rawValue { best = entry.instructionSet }
         }

@@ -8,12 +8,13 @@
  *     output[channel][row] = sum over keys of weights * value
  *
  * Scores carry the logarithm of their value's scale from the start. The largest weight is that of a block of TILE_COLUMNS keys, so each block
- * uses all of the 8 bits; blocks are joined in FP32.
+ * uses all of the 8 bits; blocks are joined in FP32. Small weights are rounded up or down by an offset of their column, evenly spread over the
+ * columns: to the nearest, many keys of little weight would all be lost (or all be doubled). Keys whose value is 0 take part in the sum alone.
  * Keys, values and their sums are prepared once for each head of keys, INT4 codes unpacked with their zero points subtracted: all of them before
  * the first tile where several tiles of rows use them, else (decoding) block by block on the way.
  *
  * Numerical contract: codes and dot products are exact; scores, statistics and the output are FP32; a weight has an error of at most 1/510 of
- * its block's largest; logsumexp is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and heads whose zero points
+ * its block's largest, one below 8/255 of it at most 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and heads whose zero points
  * leave the range of a byte, are left to the reference kernels. */
 #if defined(__x86_64__)
 
@@ -86,6 +87,7 @@ typedef struct {
     int8_t* values;        /* [tokens / STEP][head_dim_v][STEP] */
     int8_t* keys;          /* [tokens][key_stride] */
     int64_t key_stride;    /* bytes */
+    uint8_t* zero;         /* [tokens]: whether the value is 0 in all channels */
     uint8_t* irregular;    /* of each item of preparation: whether a difference of code and zero point is no byte, or a scale is extreme */
 } prepared_head;
 
@@ -114,6 +116,7 @@ static size_t prepared_layout(const cpu_attention* attention, int64_t tokens, ch
     head->values = workspace_take(&cursor, tokens * attention->head_dim_v, 1);
     head->key_stride = round_up(attention->head_dim, STEP);
     head->keys = keys_stay(attention) ? NULL : workspace_take(&cursor, tokens * head->key_stride, 1);
+    head->zero = workspace_take(&cursor, tokens, 1);
     head->irregular = workspace_take(&cursor, divide_up(tokens, PREPARED_TOKENS), 1);
     return cursor.used;
 }
@@ -218,53 +221,34 @@ static bool is_zero(const int8_t* bytes, int64_t count) {
     return any == 0;
 }
 
-/* Values of one block. A row of zeros has no need of its scale and takes the block's smallest, so that it does not cost the others bits. */
-static void prepare_value_scales(const cpu_attention* attention, const prepared_head* head, int64_t b, int64_t kv_head, int64_t first,
-                                 int64_t last, const bool* zero, bool* regular) {
-    const cpu_tensor* value = &attention->value;
-    const bool scaled = value->scales != NULL && has_row_scales(value);
-    float scales[TILE_COLUMNS];
-    float smallest = INFINITY;
-    for (int64_t s = first; s < last; s++) {
-        float scale = scaled ? value->scales[scale_index(value, b, kv_head, s)] : 1;
-        scales[s - first] = scale;
-        if (zero[s - first]) continue;
-        smallest = scale < smallest ? scale : smallest;
-        *regular &= scale > 1e-15f && scale < 1e15f; /* beyond, weights of one block would be too far apart for FP32 */
-    }
-    if (smallest == INFINITY) smallest = 1;
-    for (int64_t s = first; s < last; s++) {
-        float scale = zero[s - first] ? smallest : scales[s - first];
-        head->value_logs[s - head->first] = log2f(scale);
-        head->value_inverses[s - head->first] = 1 / scale;
-    }
-}
-
 static void prepare_values(const cpu_attention* attention, const prepared_head* head, int64_t b, int64_t kv_head, int64_t first,
                            int64_t last, bool* regular) {
     const cpu_tensor* value = &attention->value;
     const int64_t channels = attention->head_dim_v;
     const bool stay = value->precision == CPU_INT8 && value->strides[3] == 1;
+    const bool scaled = value->scales != NULL && has_row_scales(value);
     int8_t rows[STEP * CPU_MAX_HEAD_DIM];
-    for (int64_t block = first; block < last; block += TILE_COLUMNS) {
-        const int64_t end = minimum(block + TILE_COLUMNS, last);
-        bool zero[TILE_COLUMNS];
-        for (int64_t s = block; s < end; s += STEP) {
-            const int8_t* source = rows;
-            int64_t pitch = channels;
-            if (stay && s + STEP <= end) {
-                source = (const int8_t*)value->data + row_offset(value, b, kv_head, s);
-                pitch = value->strides[2];
-            } else {
-                memset(rows, 0, (size_t)(STEP * channels));
-                for (int64_t k = 0; k < STEP && s + k < end; k++) {
-                    *regular &= load_differences(value, b, kv_head, s + k, channels, rows + k * channels);
-                }
+    for (int64_t s = first; s < last; s += STEP) {
+        const int8_t* source = rows;
+        int64_t pitch = channels;
+        if (stay && s + STEP <= last) {
+            source = (const int8_t*)value->data + row_offset(value, b, kv_head, s);
+            pitch = value->strides[2];
+        } else {
+            memset(rows, 0, (size_t)(STEP * channels));
+            for (int64_t k = 0; k < STEP && s + k < last; k++) {
+                *regular &= load_differences(value, b, kv_head, s + k, channels, rows + k * channels);
             }
-            interleave_rows(source, pitch, channels, head->values + (s - head->first) * channels);
-            for (int64_t k = 0; k < STEP && s + k < end; k++) zero[s + k - block] = is_zero(source + k * pitch, channels);
         }
-        prepare_value_scales(attention, head, b, kv_head, block, end, zero, regular);
+        interleave_rows(source, pitch, channels, head->values + (s - head->first) * channels);
+        for (int64_t k = 0; k < STEP && s + k < last; k++) {
+            const int64_t at = s + k - head->first;
+            head->zero[at] = is_zero(source + k * pitch, channels);
+            float scale = scaled && !head->zero[at] ? value->scales[scale_index(value, b, kv_head, s + k)] : 1;
+            *regular &= scale > 1e-15f && scale < 1e15f; /* beyond, weights of one block would be too far apart for FP32 */
+            head->value_logs[at] = log2f(scale);
+            head->value_inverses[at] = 1 / scale;
+        }
     }
 }
 
@@ -289,6 +273,7 @@ typedef struct {
     float* query_scales;  /* [rows] */
     float* mean_scores;   /* [rows]: dot(query, channel means of the keys), 0 without smoothing */
     uint8_t* weights;     /* [TILE_COLUMNS / STEP][rows][STEP] */
+    float* offsets;       /* [TILE_COLUMNS]: what is added to a small weight before it is rounded to the nearest */
     float* block_factors; /* [rows]: what a block's integer sums are multiplied by */
     float* row;           /* a row of numbers */
     prepared_head block;  /* keys and values of one block, where they are prepared on the way */
@@ -305,6 +290,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->query_scales = workspace_take_reals(&cursor, rows);
     workspace->mean_scores = workspace_take_reals(&cursor, rows);
     workspace->weights = workspace_take(&cursor, TILE_COLUMNS * rows, 1);
+    workspace->offsets = workspace_take_reals(&cursor, TILE_COLUMNS);
     workspace->block_factors = workspace_take_reals(&cursor, rows);
     workspace->row = workspace_take_reals(&cursor, maximum(attention->head_dim, attention->head_dim_v));
     workspace->output = workspace_take_reals(&cursor, attention->head_dim_v * rows);
@@ -517,13 +503,59 @@ static void compute_scores(const cpu_attention* attention, const prepared_head* 
 
 static const float LOG2_E = 1.44269504088896341f, LOG2_255 = 7.99435343685885791f, LN_2 = 0.693147180559945309f;
 
-/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, of which
- * `highest` is the largest; `offset` is what natural scores have in addition. */
-INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace, int64_t row, __m512 highest, __m512 offset) {
+/* Offsets -1/2 ..< 1/2 of a block's columns, as evenly spread over any run of columns as can be: multiples of the golden ratio. */
+static void spread_offsets(float* offsets) {
+    for (int64_t column = 0; column < TILE_COLUMNS; column++) {
+        float multiple = (float)column * 0.6180339887f;
+        offsets[column] = multiple - floorf(multiple) - 0.5f;
+    }
+}
+
+/* The highest score of a vector of rows among keys whose value is 0, as a binary logarithm, and the sum of their exponentials over that of it. */
+typedef struct {
+    __m512 highest, sum;
+} zero_values;
+
+/* Takes keys whose value is 0 out of tile.scores. */
+INLINE zero_values take_zero_values(const prepared_head* head, const score_tile* tile, int64_t row) {
+    const uint8_t* zero = head->zero + (tile->first_column - head->first);
+    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY);
+    zero_values taken = {.highest = minus_infinity, .sum = _mm512_setzero_ps()};
+    for (int64_t column = 0; column < tile->columns; column++) {
+        if (!zero[column]) continue;
+        taken.highest = _mm512_max_ps(taken.highest, _mm512_load_ps(tile->scores + column * tile->rows + row));
+    }
+    for (int64_t column = 0; column < tile->columns; column++) {
+        if (!zero[column]) continue;
+        float* at = tile->scores + column * tile->rows + row;
+        __m512 logarithm = _mm512_load_ps(at);
+        __mmask16 attended = _mm512_cmp_ps_mask(logarithm, minus_infinity, _CMP_NEQ_UQ);
+        taken.sum = _mm512_mask_add_ps(taken.sum, attended, taken.sum, exp2_of(_mm512_sub_ps(logarithm, taken.highest)));
+        _mm512_store_ps(at, minus_infinity);
+    }
+    return taken;
+}
+
+static bool has_zero_values(const prepared_head* head, const score_tile* tile) {
+    uint8_t any = 0;
+    for (int64_t column = 0; column < tile->columns; column++) any |= head->zero[tile->first_column - head->first + column];
+    return any;
+}
+
+/* Natural score of a binary logarithm; that of nothing is -inf. */
+INLINE vector natural_score(__m512 logarithm, __m512 offset) {
+    vector natural = (vector)_mm512_fmadd_ps(logarithm, _mm512_set1_ps(LN_2), offset);
+    return vector_select((vector)logarithm == -INFINITY, vector_of(-INFINITY), natural);
+}
+
+/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, -inf where
+ * there is none (`some_excluded`), of which `highest` is the largest; `offset` is what natural scores have in addition. */
+INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace, int64_t row, __m512 highest, __m512 offset,
+                        zero_values zeros, bool some_excluded) {
     const score_tile* tile = &workspace->tile;
     row_statistics* statistics = &workspace->statistics;
     const float* inverses = head->value_inverses + (tile->first_column - head->first);
-    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps();
+    const __m512 minus_infinity = _mm512_set1_ps(-INFINITY), zero = _mm512_setzero_ps(), small = _mm512_set1_ps(8);
     const __m512 finite_highest = _mm512_mask_mov_ps(highest, _mm512_cmp_ps_mask(highest, minus_infinity, _CMP_EQ_OQ), zero);
     const __m512 reference = _mm512_sub_ps(finite_highest, _mm512_set1_ps(LOG2_255));
 
@@ -536,25 +568,36 @@ INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace,
             if (column + k >= tile->columns) continue;
             __m512 logarithm = _mm512_load_ps(tile->scores + (column + k) * tile->rows + row);
             __m512 weight = exp2_of(_mm512_sub_ps(logarithm, reference));
-            if (!tile->full) weight = _mm512_mask_mov_ps(weight, _mm512_cmp_ps_mask(logarithm, minus_infinity, _CMP_EQ_OQ), zero);
+            if (some_excluded) weight = _mm512_mask_mov_ps(weight, _mm512_cmp_ps_mask(logarithm, minus_infinity, _CMP_EQ_OQ), zero);
             sum = _mm512_fmadd_ps(weight, _mm512_set1_ps(inverses[column + k]), sum);
-            weights[k] = _mm512_cvtps_epi32(weight);
+            __mmask16 spread = _mm512_cmp_ps_mask(weight, small, _CMP_LT_OQ);
+            weights[k] = _mm512_cvtps_epi32(_mm512_mask_add_ps(weight, spread, weight, _mm512_set1_ps(workspace->offsets[column + k])));
         }
         __m512i packed = pack_weights(weights[0], weights[1], weights[2], weights[3]);
         _mm512_store_si512(workspace->weights + (column * tile->rows + row * STEP), packed);
     }
 
     const vector old = vector_load(statistics->highest + row);
-    const vector natural = (vector)_mm512_fmadd_ps(finite_highest, _mm512_set1_ps(LN_2), offset);
-    const vector block = vector_select((vector)highest == -INFINITY, vector_of(-INFINITY), natural);
-    const vector joined = vector_max(old, block);
+    const vector block = natural_score(highest, offset), zero_block = natural_score(zeros.highest, offset);
+    const vector joined = vector_max(vector_max(old, block), zero_block);
     const vector origin = vector_select(joined == -INFINITY, vector_of(0), joined);
     const vector rescale = vector_exp(old - origin);
     const vector factor = vector_exp(block - origin) * (1.0f / 255.0f);
+    vector total = vector_load(statistics->sum + row) * rescale + (vector)sum * factor;
+    total += (vector)zeros.sum * vector_exp(zero_block - origin);
     vector_store(statistics->highest + row, joined);
     vector_store(statistics->rescale + row, rescale);
-    vector_store(statistics->sum + row, vector_load(statistics->sum + row) * rescale + (vector)sum * factor);
+    vector_store(statistics->sum + row, total);
     vector_store(workspace->block_factors + row, factor);
+}
+
+/* The highest of a vector of rows in tile.scores. */
+INLINE __m512 highest_of_block(const score_tile* tile, int64_t row) {
+    __m512 highest = _mm512_set1_ps(-INFINITY);
+    for (int64_t column = 0; column < tile->columns; column++) {
+        highest = _mm512_max_ps(highest, _mm512_load_ps(tile->scores + column * tile->rows + row));
+    }
+    return highest;
 }
 
 /* A block whose scores are nothing but scaled dot products; limits may exclude some of them. */
@@ -563,6 +606,7 @@ static void weigh_plain_block(const cpu_attention* attention, const prepared_hea
     const float* key_scales = head->key_scales + (tile->first_column - head->first);
     const float* value_logs = head->value_logs + (tile->first_column - head->first);
     const float scale = (float)attention->softmax_scale;
+    const bool zeros = has_zero_values(head, tile), some_excluded = !tile->full || zeros;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         const __m512 factor = _mm512_mul_ps(_mm512_load_ps(workspace->query_scales + row), _mm512_set1_ps(scale * LOG2_E));
         const __m512i first = _mm512_load_si512(tile->limits + row), last = _mm512_load_si512(tile->limits + tile->rows + row);
@@ -585,7 +629,12 @@ static void weigh_plain_block(const cpu_attention* attention, const prepared_hea
         const vector_mask attended = (vector_mask)_mm512_movm_epi32(any);
         *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & attended;
         *(vector_mask*)(workspace->statistics.attended + row) |= attended;
-        weigh_block(head, workspace, row, highest, offset);
+        zero_values taken = {.highest = _mm512_set1_ps(-INFINITY), .sum = _mm512_setzero_ps()};
+        if (zeros) {
+            taken = take_zero_values(head, tile, row);
+            highest = highest_of_block(tile, row);
+        }
+        weigh_block(head, workspace, row, highest, offset, taken, some_excluded);
     }
 }
 
@@ -594,17 +643,15 @@ static void weigh_general_block(const cpu_attention* attention, const prepared_h
     const float* value_logs = head->value_logs + (tile->first_column - head->first);
     compute_scores(attention, head, workspace);
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        vector highest = vector_of(-INFINITY);
         vector_mask attended = *(vector_mask*)(workspace->statistics.attended + row);
         for (int64_t column = 0; column < tile->columns; column++) {
             float* at = tile->scores + column * tile->rows + row;
-            vector logarithm = vector_load(at) * LOG2_E + value_logs[column];
-            highest = vector_max(highest, logarithm);
             attended |= tile->full ? (vector_mask)(real_bits)-1 : *(vector_mask*)(tile->attended + column * tile->rows + row);
-            vector_store(at, logarithm);
+            vector_store(at, vector_load(at) * LOG2_E + value_logs[column]);
         }
         *(vector_mask*)(workspace->statistics.attended + row) = attended;
-        weigh_block(head, workspace, row, (__m512)highest, _mm512_setzero_ps());
+        zero_values taken = take_zero_values(head, tile, row);
+        weigh_block(head, workspace, row, highest_of_block(tile, row), _mm512_setzero_ps(), taken, true);
     }
 }
 
@@ -675,6 +722,7 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
         regular &= head_is_regular(head, at->keys);
     }
     clear_row_statistics(&workspace.statistics, tile);
+    spread_offsets(workspace.offsets);
     memset(workspace.output, 0, (size_t)(attention->head_dim_v * tile->rows) * sizeof(real));
 
     const bool plain = is_plain(attention);

@@ -7,7 +7,7 @@
  *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
  *
  * Numerical contract: operands are dequantised to the real type, scores, softmax and sums are in it; sums over head_dim run in order of the
- * channels, sums over keys in order of the columns within tiles of TILE_COLUMNS. No result depends on threads, on other rows, heads or batches, or on strides.
+ * channels, sums over keys in order of the columns within tiles of TILE_COLUMNS, and of the tiles. No result depends on threads, on other rows, heads or batches, or on strides.
  * Masked scores are selected, not added; values that are not finite are found by one test a tile and then take a careful path. */
 #include "cpu_kernels.h"
 #include "naming.h"

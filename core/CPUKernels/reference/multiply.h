@@ -2,8 +2,8 @@
  *
  *     c[row][column] (+)= sum over k of a[row * a_row + k * a_depth] * b[k * b_depth + column]
  *
- * with scalars of `a` broadcast against vectors of `b`. Each element sums over k in order, starting from c when accumulating: its value does
- * not depend on the tile's other rows and columns. `columns` and the strides of b and c are multiples of LANES; b and c are aligned. */
+ * with scalars of `a` broadcast against vectors of `b`. Each element sums over k in order, then is added to c when accumulating: rounding errors of
+ * long sequences grow with their tiles, not with their keys, and its value does not depend on the tile's other rows and columns. `columns` and the strides of b and c are multiples of LANES; b and c are aligned. */
 
 /* A block of accumulators, which the instruction set's registers hold beside the vectors of b and a scalar of a:
  *   AVX2     6 rows x 1 vector of two registers: 12 of 16 registers
@@ -21,7 +21,7 @@ INLINE void multiply_block(const int rows, const int vectors, int64_t depth, con
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) {
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) sums[row][v] = accumulate ? vector_load(c + row * c_row + v * LANES) : vector_of(0);
+        for (int v = 0; v < vectors; v++) sums[row][v] = vector_of(0);
     }
     for (int64_t k = 0; k < depth; k++) {
         vector b_vectors[MULTIPLY_VECTORS];
@@ -37,7 +37,10 @@ INLINE void multiply_block(const int rows, const int vectors, int64_t depth, con
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) {
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) vector_store(c + row * c_row + v * LANES, sums[row][v]);
+        for (int v = 0; v < vectors; v++) {
+            real* at = c + row * c_row + v * LANES;
+            vector_store(at, accumulate ? vector_load(at) + sums[row][v] : sums[row][v]);
+        }
     }
 }
 

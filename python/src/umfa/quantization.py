@@ -379,6 +379,10 @@ class QuantizedTensor:
         parts = (self._data, self._scales, self._zero_points, self._channel_means)
         return sum(int(part.nbytes) for part in parts if part is not None)
 
+    def __array__(self, *_arguments: Any, **_options: Any) -> Any:
+        """Refuse: whether codes or numbers are wanted is for the caller to say."""
+        raise TypeError("umfa.QuantizedTensor: use .dequantize() for its numbers or .data for its codes")
+
     def dequantize(self, *, context: MFAContext | None = None) -> Any:
         """The real numbers that the codes stand for.
 
