@@ -206,6 +206,30 @@ def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_ker
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 
 
+def test_attention__zero_points_beyond_a_byte__matter_to_their_sequence_alone(contexts, rng):
+    """Which kernel computes a sequence depends neither on its batch nor on how many heads share keys."""
+    sizes = Sizes(batch=2, heads=4, kv_heads=2, rows=9, columns=140, channels=40, value_channels=24)
+    made = integer_problem(rng, sizes, dtypes=("int4",) * 3, asymmetric=True)
+    made.query.argument.zero_points[0, 1, 3] = 1000
+    grouped = made.run(context=contexts[2])
+
+    def part(codes, index, repeats=1):
+        def of(array):
+            return np.repeat(array[index], repeats, axis=1)
+
+        shape = (codes.data[index].shape[0], codes.shape[1] * repeats, *codes.shape[2:])
+        return umfa.QuantizedTensor(of(codes.data), of(codes.scales), of(codes.zero_points), shape=shape, granularity="token")
+
+    query, *keys_and_values = made.arguments
+    everything = slice(None)
+    repeated = [part(each, everything, 2) for each in keys_and_values]
+    alone = umfa.attention(query, *repeated, scale=0.02, return_lse=True, context=contexts[2])
+    assert [each.tobytes() for each in grouped] == [each.tobytes() for each in alone]
+    for index in (slice(0, 1), slice(1, 2)):
+        single = umfa.attention(*[part(each, index) for each in made.arguments], scale=0.02, return_lse=True, context=contexts[2])
+        assert [each.tobytes() for each in single] == [each[index].tobytes() for each in grouped]
+
+
 def test_attention__values_of_zero_with_scale_one__cost_the_others_no_bits(contexts, rng):
     """A row of zeros quantises to scale 1, which may be far above the others' scales."""
     q, k, v = (rng.normal(size=(1, 2, 256, 32)).astype(np.float32) for _ in range(3))

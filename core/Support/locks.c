@@ -51,8 +51,8 @@ void support_lock_destroy(support_lock* lock) {
     free(lock);
 }
 
-/* First use since a fork: a mutex that is locked now was locked by a thread of the parent, unless another thread of the child was here before,
- * which the registry's lock rules out. */
+/* First use since a fork: a mutex that is locked now was locked by a thread of the parent, unless another thread of the child was here
+ * before, which the registry's lock rules out. */
 static void repair(support_lock* lock) {
     support_registry_lock();
     unsigned current = atomic_load(&generation);

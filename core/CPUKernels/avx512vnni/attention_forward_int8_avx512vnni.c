@@ -1,21 +1,23 @@
 /* Forward attention on INT8 and INT4 operands by integer dot products, for AVX-512 with VNNI.
  *
- * A vector's lanes are query rows, as in the reference kernels. Both products use vpdpbusd, whose first factor is unsigned and whose second is
- * signed: the register of lanes is the unsigned one (queries + 128, then the weights), the broadcast four bytes the signed one (keys, values).
+ * A vector's lanes are query rows, as in the reference kernels. Both products use vpdpbusd, whose first factor is unsigned and whose second
+ * is signed: the register of lanes is the unsigned one (queries + 128, then the weights), the broadcast four bytes the signed one (keys,
+ * values).
  *
  *     scores[key][row]     = sum over d of (query[row][d] + 128) * key[d] - 128 * sum over d of key[d]
  *     weights[key][row]    = round(255 * exp(score) * value scale of the key / the largest such product of the row in this block of keys)
  *     output[channel][row] = sum over keys of weights * value
  *
- * Scores carry the logarithm of their value's scale from the start. The largest weight is that of a block of TILE_COLUMNS keys, so each block
- * uses all of the 8 bits; blocks are joined in FP32. Small weights are rounded up or down by an offset of their column, evenly spread over the
- * columns: to the nearest, many keys of little weight would all be lost (or all be doubled). Keys whose value is 0 take part in the sum alone.
- * Keys, values and their sums are prepared once for each head of keys, INT4 codes unpacked with their zero points subtracted: all of them before
- * the first tile where several tiles of rows use them, else (decoding) block by block on the way.
+ * Scores carry the logarithm of their value's scale from the start. The largest weight is that of a block of TILE_COLUMNS keys, so each
+ * block uses all of the 8 bits; blocks are joined in FP32. Small weights are rounded up or down by an offset of their column, evenly spread
+ * over the columns: to the nearest, many keys of little weight would all be lost (or all be doubled). Keys whose value is 0 take part in
+ * the sum alone. Keys, values and their sums are prepared once for each head of keys, INT4 codes unpacked with their zero points
+ * subtracted: all of them before the first tile where several tiles of rows use them, else (decoding) block by block on the way.
  *
- * Numerical contract: codes and dot products are exact; scores, statistics and the output are FP32; a weight has an error of at most 1/510 of
- * its block's largest, one below 8/255 of it at most 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and heads whose zero points
- * leave the range of a byte, are left to the reference kernels. */
+ * Numerical contract: codes and dot products are exact; scores, statistics and the output are FP32; a weight has an error of at most 1/510
+ * of its block's largest, one below 8/255 of it at most 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials
+ * within 1e-5. Rows whose scores are not finite, and sequences with zero points beyond a byte or extreme scales, are left to the reference
+ * kernels. */
 #if defined(__x86_64__)
 
 #include "../reference/naming.h"
@@ -88,7 +90,6 @@ typedef struct {
     int8_t* keys;          /* [tokens][key_stride] */
     int64_t key_stride;    /* bytes */
     uint8_t* zero;         /* [tokens]: whether the value is 0 in all channels */
-    uint8_t* irregular;    /* of each item of preparation: whether a difference of code and zero point is no byte, or a scale is extreme */
 } prepared_head;
 
 static int64_t prepared_chunks(const cpu_attention* attention) {
@@ -117,7 +118,6 @@ static size_t prepared_layout(const cpu_attention* attention, int64_t tokens, ch
     head->key_stride = round_up(attention->head_dim, STEP);
     head->keys = keys_stay(attention) ? NULL : workspace_take(&cursor, tokens * head->key_stride, 1);
     head->zero = workspace_take(&cursor, tokens, 1);
-    head->irregular = workspace_take(&cursor, divide_up(tokens, PREPARED_TOKENS), 1);
     return cursor.used;
 }
 
@@ -128,17 +128,22 @@ static void find_keys(const cpu_attention* attention, int64_t b, int64_t kv_head
     head->key_stride = attention->key.strides[2];
 }
 
+/* What preparation found of each sequence lies before the prepared heads. */
+static size_t regular_bytes(const cpu_attention* attention) {
+    return (size_t)round_up(attention->batch_size, WORKSPACE_ALIGNMENT);
+}
+
 static size_t shared_bytes(const cpu_attention* attention) {
-    if (prepares_blocks(attention)) return 0;
+    if (prepares_blocks(attention)) return regular_bytes(attention);
     size_t bytes = prepared_layout(attention, attention->seq_len_kv, NULL, &(prepared_head){0});
-    return bytes * (size_t)(attention->batch_size * attention->num_kv_heads);
+    return regular_bytes(attention) + bytes * (size_t)(attention->batch_size * attention->num_kv_heads);
 }
 
 /* A head that was prepared as a whole. */
 static prepared_head find_prepared_head(const cpu_attention* attention, int64_t b, int64_t kv_head) {
     prepared_head head;
     size_t bytes = prepared_layout(attention, attention->seq_len_kv, NULL, &head);
-    char* memory = (char*)attention->shared + bytes * (size_t)(b * attention->num_kv_heads + kv_head);
+    char* memory = (char*)attention->shared + regular_bytes(attention) + bytes * (size_t)(b * attention->num_kv_heads + kv_head);
     prepared_layout(attention, attention->seq_len_kv, memory, &head);
     find_keys(attention, b, kv_head, &head);
     return head;
@@ -148,27 +153,58 @@ static int64_t scale_index(const cpu_tensor* tensor, int64_t b, int64_t h, int64
     return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
 }
 
-/* Codes of a row without their zero point, as bytes. False if one leaves the range. */
-static bool load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* differences) {
+/* Codes of a row without their zero point, as bytes. */
+static void load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* differences) {
     int8_t scratch[CPU_MAX_HEAD_DIM];
     const int8_t* codes = load_codes(tensor, b, h, s, channels, scratch);
     if (tensor->zero_points == NULL) {
         memcpy(differences, codes, (size_t)channels);
-        return true;
+        return;
     }
-    const bool by_channel = !has_row_scales(tensor);
+    const int64_t stride = tensor->scale_strides[3]; /* 0: one zero point a row */
     const int32_t* zero_points = tensor->zero_points + scale_index(tensor, b, h, s);
-    bool fits = true;
-    for (int64_t d = 0; d < channels; d++) {
-        int32_t zero_point = zero_points[by_channel ? d * tensor->scale_strides[3] : 0];
-        fits &= zero_point >= -119 && zero_point <= 119; /* INT4 codes are -8 ... 7 */
-        differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_point);
-    }
-    return fits;
+    for (int64_t d = 0; d < channels; d++) differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[d * stride]);
 }
 
+/* ---- Regular sequences --------------------------------------------------------------------------------------------------------------- */
+
+/* Whether every difference of an INT4 code and its zero point is a byte, and no scale (where `with_scales`) is so extreme that the weights
+ * of one block would be too far apart for FP32. */
+static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads, int64_t tokens, int64_t channels, bool with_scales) {
+    const int64_t step = tensor->scale_strides[2] ? tensor->scale_tokens : maximum(tokens, 1);
+    const int64_t stride = tensor->scale_strides[3], count = stride ? channels : 1;
+    bool regular = true;
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t s = 0; s < tokens; s += step) {
+            const int64_t first = scale_index(tensor, b, h, s);
+            for (int64_t d = 0; d < count && tensor->zero_points; d++) {
+                const int32_t zero_point = tensor->zero_points[first + d * stride];
+                regular &= zero_point >= -119 && zero_point <= 119; /* codes are -8 ... 7 */
+            }
+            if (with_scales && tensor->scales) regular &= tensor->scales[first] > 1e-15f && tensor->scales[first] < 1e15f;
+        }
+    }
+    return regular;
+}
+
+/* Whether this kernel computes a sequence. All of it or nothing, so that no row's bits depend on which rows share its tile. */
+static bool sequence_is_regular(const cpu_attention* attention, int64_t b) {
+    const int64_t keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
+    const int64_t heads = attention->num_heads, kv_heads = attention->num_kv_heads;
+    return tensor_is_regular(&attention->query, b, heads, attention->seq_len_q, attention->head_dim, false) &&
+           tensor_is_regular(&attention->key, b, kv_heads, keys, attention->head_dim, false) &&
+           tensor_is_regular(&attention->value, b, kv_heads, keys, attention->head_dim_v, has_row_scales(&attention->value));
+}
+
+static bool is_regular(const cpu_attention* attention, int64_t b) {
+    return ((const uint8_t*)attention->shared)[b] != 0;
+}
+
+/* ---- Preparation --------------------------------------------------------------------------------------------------------------------- */
+
 static int64_t prepare_items(const cpu_attention* attention) {
-    return prepares_blocks(attention) ? 0 : attention->batch_size * attention->num_kv_heads * prepared_chunks(attention);
+    const int64_t heads = prepares_blocks(attention) ? 0 : attention->batch_size * attention->num_kv_heads;
+    return attention->batch_size + heads * prepared_chunks(attention);
 }
 
 /* Writes four rows of bytes as [channel][4]. */
@@ -200,14 +236,14 @@ static int32_t sum_of_bytes(const int8_t* bytes, int64_t count) {
     return _mm512_reduce_add_epi32(sums);
 }
 
-static void prepare_keys(const cpu_attention* attention, const prepared_head* head, int64_t b, int64_t kv_head, int64_t first, int64_t last,
-                         bool* regular) {
+static void prepare_keys(const cpu_attention* attention, const prepared_head* head, int64_t b, int64_t kv_head, int64_t first,
+                         int64_t last) {
     const cpu_tensor* key = &attention->key;
     for (int64_t s = first; s < last; s++) {
         const int64_t at = s - head->first;
         int8_t* bytes = head->keys + at * head->key_stride;
         if (!keys_stay(attention)) {
-            *regular &= load_differences(key, b, kv_head, s, attention->head_dim, bytes);
+            load_differences(key, b, kv_head, s, attention->head_dim, bytes);
             memset(bytes + attention->head_dim, 0, (size_t)(head->key_stride - attention->head_dim));
         }
         head->key_offsets[at] = -128 * sum_of_bytes(bytes, attention->head_dim);
@@ -222,7 +258,7 @@ static bool is_zero(const int8_t* bytes, int64_t count) {
 }
 
 static void prepare_values(const cpu_attention* attention, const prepared_head* head, int64_t b, int64_t kv_head, int64_t first,
-                           int64_t last, bool* regular) {
+                           int64_t last) {
     const cpu_tensor* value = &attention->value;
     const int64_t channels = attention->head_dim_v;
     const bool stay = value->precision == CPU_INT8 && value->strides[3] == 1;
@@ -237,7 +273,7 @@ static void prepare_values(const cpu_attention* attention, const prepared_head* 
         } else {
             memset(rows, 0, (size_t)(STEP * channels));
             for (int64_t k = 0; k < STEP && s + k < last; k++) {
-                *regular &= load_differences(value, b, kv_head, s + k, channels, rows + k * channels);
+                load_differences(value, b, kv_head, s + k, channels, rows + k * channels);
             }
         }
         interleave_rows(source, pitch, channels, head->values + (s - head->first) * channels);
@@ -245,7 +281,6 @@ static void prepare_values(const cpu_attention* attention, const prepared_head* 
             const int64_t at = s + k - head->first;
             head->zero[at] = is_zero(source + k * pitch, channels);
             float scale = scaled && !head->zero[at] ? value->scales[scale_index(value, b, kv_head, s + k)] : 1;
-            *regular &= scale > 1e-15f && scale < 1e15f; /* beyond, weights of one block would be too far apart for FP32 */
             head->value_logs[at] = log2f(scale);
             head->value_inverses[at] = 1 / scale;
         }
@@ -254,15 +289,18 @@ static void prepare_values(const cpu_attention* attention, const prepared_head* 
 
 static void prepare_run(const cpu_attention* attention, int64_t item, void* memory) {
     (void)memory;
+    if (item < attention->batch_size) {
+        ((uint8_t*)attention->shared)[item] = sequence_is_regular(attention, item);
+        return;
+    }
+    item -= attention->batch_size;
     const int64_t chunks = prepared_chunks(attention), chunk = item % chunks;
     const int64_t kv_head = item / chunks % attention->num_kv_heads, b = item / chunks / attention->num_kv_heads;
     prepared_head head = find_prepared_head(attention, b, kv_head);
     const int64_t keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
     const int64_t first = chunk * PREPARED_TOKENS, last = minimum(first + PREPARED_TOKENS, keys);
-    bool regular = true;
-    prepare_keys(attention, &head, b, kv_head, first, last, &regular);
-    prepare_values(attention, &head, b, kv_head, first, last, &regular);
-    head.irregular[chunk] = !regular;
+    prepare_keys(attention, &head, b, kv_head, first, last);
+    prepare_values(attention, &head, b, kv_head, first, last);
 }
 
 /* ---- Workspace of a tile ------------------------------------------------------------------------------------------------------------- */
@@ -308,8 +346,8 @@ static size_t forward_workspace_bytes(const cpu_attention* attention) {
     return bytes > reference ? bytes : reference;
 }
 
-/* Reads the tile's queries. False if their differences leave the range of a byte. */
-static bool load_queries(const cpu_attention* attention, forward_workspace* workspace) {
+/* Reads the tile's queries. */
+static void load_queries(const cpu_attention* attention, forward_workspace* workspace) {
     const score_tile* tile = &workspace->tile;
     const head_position* at = &tile->position;
     const cpu_tensor *query = &attention->query, *key = &attention->key;
@@ -317,7 +355,6 @@ static bool load_queries(const cpu_attention* attention, forward_workspace* work
     if (means) means += at->b * key->mean_strides[0] + at->kv_head * key->mean_strides[1];
     const int64_t head_dim = attention->head_dim, steps = divide_up(head_dim, STEP), rows = tile->rows;
     int8_t differences[CPU_MAX_HEAD_DIM + STEP];
-    bool regular = true;
     memset(workspace->query, 0, (size_t)(steps * STEP * rows));
     for (int64_t row = 0; row < rows; row++) {
         workspace->query_scales[row] = 0;
@@ -325,7 +362,7 @@ static bool load_queries(const cpu_attention* attention, forward_workspace* work
     }
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
-        regular &= load_differences(query, at->b, place.h, place.i, head_dim, differences);
+        load_differences(query, at->b, place.h, place.i, head_dim, differences);
         float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
         workspace->query_scales[row] = scale;
         float sum = 0;
@@ -339,7 +376,6 @@ static bool load_queries(const cpu_attention* attention, forward_workspace* work
             memcpy(workspace->query + (step * rows + row) * STEP, &bytes, STEP);
         }
     }
-    return regular;
 }
 
 /* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
@@ -511,7 +547,8 @@ static void spread_offsets(float* offsets) {
     }
 }
 
-/* The highest score of a vector of rows among keys whose value is 0, as a binary logarithm, and the sum of their exponentials over that of it. */
+/* The highest score of a vector of rows among keys whose value is 0, as a binary logarithm, and the sum of their exponentials over that of
+ * it. */
 typedef struct {
     __m512 highest, sum;
 } zero_values;
@@ -548,8 +585,8 @@ INLINE vector natural_score(__m512 logarithm, __m512 offset) {
     return vector_select((vector)logarithm == -INFINITY, vector_of(-INFINITY), natural);
 }
 
-/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, -inf where
- * there is none (`some_excluded`), of which `highest` is the largest; `offset` is what natural scores have in addition. */
+/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, -inf
+ * where there is none (`some_excluded`), of which `highest` is the largest; `offset` is what natural scores have in addition. */
 INLINE void weigh_block(const prepared_head* head, forward_workspace* workspace, int64_t row, __m512 highest, __m512 offset,
                         zero_values zeros, bool some_excluded) {
     const score_tile* tile = &workspace->tile;
@@ -663,24 +700,16 @@ static bool is_plain(const cpu_attention* attention) {
            fabs(attention->softmax_scale) < 1e30;
 }
 
-static bool head_is_regular(const prepared_head* head, int64_t keys) {
-    bool regular = true;
-    for (int64_t chunk = 0; chunk * PREPARED_TOKENS < keys; chunk++) regular &= !head->irregular[chunk];
-    return regular;
-}
-
-/* Prepares the keys and values of the placed tile. False if a code leaves the range of a byte. */
-static bool prepare_block(const cpu_attention* attention, forward_workspace* workspace) {
+/* Prepares the keys and values of the placed tile's block. */
+static void prepare_block(const cpu_attention* attention, forward_workspace* workspace) {
     const head_position* at = &workspace->tile.position;
     const int64_t first = workspace->tile.first_column, last = minimum(first + TILE_COLUMNS, at->keys);
     prepared_head* block = &workspace->block;
     prepared_layout(attention, TILE_COLUMNS, workspace->block_memory, block);
     block->first = first;
     find_keys(attention, at->b, at->kv_head, block);
-    bool regular = true;
-    prepare_keys(attention, block, at->b, at->kv_head, first, last, &regular);
-    prepare_values(attention, block, at->b, at->kv_head, first, last, &regular);
-    return regular;
+    prepare_keys(attention, block, at->b, at->kv_head, first, last);
+    prepare_values(attention, block, at->b, at->kv_head, first, last);
 }
 
 static void store_rows(const cpu_attention* attention, forward_workspace* workspace) {
@@ -716,10 +745,13 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
 
     const bool blocks = prepares_blocks(attention);
     prepared_head* head = &workspace.block;
-    bool regular = load_queries(attention, &workspace);
+    if (!is_regular(attention, at->b)) {
+        attention_forward_rows_fp32_reference_avx512(attention, at->b, at->h, first_row, tile->valid_rows, memory);
+        return;
+    }
+    load_queries(attention, &workspace);
     if (!blocks) {
         *head = find_prepared_head(attention, at->b, at->kv_head);
-        regular &= head_is_regular(head, at->keys);
     }
     clear_row_statistics(&workspace.statistics, tile);
     spread_offsets(workspace.offsets);
@@ -727,9 +759,9 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
 
     const bool plain = is_plain(attention);
     column_range range = columns_of_rows(attention, at, first_row, tile->valid_rows);
-    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; regular && column < range.last; column += TILE_COLUMNS) {
+    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
         if (!place_score_tile(attention, tile, column, range.last)) continue;
-        if (blocks) regular &= prepare_block(attention, &workspace);
+        if (blocks) prepare_block(attention, &workspace);
         compute_dot_products(attention, head, &workspace);
         if (plain) {
             weigh_plain_block(attention, head, &workspace);
@@ -737,10 +769,6 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
             weigh_general_block(attention, head, &workspace);
         }
         accumulate_output(attention, head, &workspace);
-    }
-    if (!regular) {
-        attention_forward_rows_fp32_reference_avx512(attention, at->b, at->h, first_row, tile->valid_rows, memory);
-        return;
     }
     store_rows(attention, &workspace);
 

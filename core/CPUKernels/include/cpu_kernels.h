@@ -1,8 +1,8 @@
 /* What the CPU backend's planner (Swift) and its kernels (C) know of each other.
  *
- * Everything here was validated by the caller: pointers are good wherever there are elements, sizes agree, no product overflows. Kernels add no
- * checks, never allocate and never fail. A kernel divides its problem into items that are independent of one another; what an item computes
- * depends neither on the thread that runs it nor on any other item, so results are bitwise the same for any number of threads. */
+ * Everything here was validated by the caller: pointers are good wherever there are elements, sizes agree, no product overflows. Kernels
+ * add no checks, never allocate and never fail. A kernel divides its problem into items that are independent of one another; what an item
+ * computes depends neither on the thread that runs it nor on any other item, so results are bitwise the same for any number of threads. */
 #ifndef CPU_KERNELS_H
 #define CPU_KERNELS_H
 
@@ -102,7 +102,8 @@ typedef struct cpu_attention {
     void* _Nullable grad_alibi_slopes; /* statistics [num_heads] */
 } cpu_attention;
 
-/* A kernel: how many items a problem has, how much workspace a thread needs (aligned to 64 bytes, contents arbitrary), and one item's work. */
+/* A kernel: how many items a problem has, how much workspace a thread needs (aligned to 64 bytes, contents arbitrary), and one item's work.
+ * */
 typedef struct cpu_attention_kernel {
     const char* _Nonnull name;
     /* Whether it computes this problem; NULL: any. Looks at no data. */
@@ -116,8 +117,8 @@ typedef struct cpu_attention_kernel {
     void (*_Nonnull run)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
 } cpu_attention_kernel;
 
-/* Reference kernels, from one source: REAL is the arithmetic (fp32 serves all operands but FP64, fp64 all operands), and each is compiled for
- * the baseline of the architecture and, on x86-64, for AVX2 with FMA. They implement all of the semantics.
+/* Reference kernels, from one source: REAL is the arithmetic (fp32 serves all operands but FP64, fp64 all operands), and each is compiled
+ * for the baseline of the architecture and, on x86-64, for AVX2 with FMA and for AVX-512. They implement all of the semantics.
  *   attention_forward            writes output and logsumexp
  *   attention_d_values           writes d_values = rowsum(grad_output * output), recomputing where output is absent
  *   attention_backward_query     reads logsumexp and d_values, writes grad_query
@@ -163,7 +164,8 @@ typedef struct cpu_quantization_kernel {
     size_t (*_Nonnull workspace_bytes)(const cpu_quantization* _Nonnull quantization);
     /* First pass: the item's extremes after rotation and smoothing. False if a value that takes part is not finite. Writes nothing else. */
     bool (*_Nonnull scan)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
-    /* Second pass, after all scans: the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). Without a
+    /* Second pass, after all scans: the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). Without
+ * a
      * scan it finds by itself whether a value is not finite, and returns false; one scale a tensor or a head needs the scan. */
     bool (*_Nonnull write)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
     void (*_Nonnull dequantize)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
@@ -174,7 +176,8 @@ extern const cpu_quantization_kernel quantization_reference;
 extern const cpu_quantization_kernel quantization_reference_avx2;
 #endif
 
-/* ---- Merging --------------------------------------------------------------------------------------------------------------------------- */
+/* ---- Merging ---------------------------------------------------------------------------------------------------------------------------
+ * */
 
 /* Two partial results over disjoint sets of keys and where their union's goes; see mfa_attention_merge() in mfa.h. An item is one (batch,
  * head): batch_size * num_heads items. */

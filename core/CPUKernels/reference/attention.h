@@ -1,5 +1,5 @@
-/* The reference attention kernels: plain C for every rule of the semantics, the truth that faster kernels are tested against and the fallback
- * for what they do not serve. This file is a template; the attention_*_reference*.c files beside it instantiate it with
+/* The reference attention kernels: plain C for every rule of the semantics, the truth that faster kernels are tested against and the
+ * fallback for what they do not serve. This file is a template; the attention_*_reference*.c files beside it instantiate it with
  *
  *   KERNEL_FP64     0: FP32 arithmetic, operands of any type but FP64.  1: FP64 arithmetic, operands of any type
  *   KERNEL_SUFFIX   the end of the kernels' names, such as fp32_reference_avx2
@@ -7,8 +7,9 @@
  *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
  *
  * Numerical contract: operands are dequantised to the real type, scores, softmax and sums are in it; sums over head_dim run in order of the
- * channels, sums over keys in order of the columns within tiles of TILE_COLUMNS, and of the tiles. No result depends on threads, on other rows, heads or batches, or on strides.
- * Masked scores are selected, not added; values that are not finite are found by one test a tile and then take a careful path. */
+ * channels, sums over keys in order of the columns within tiles of TILE_COLUMNS, and of the tiles. No result depends on threads, on other
+ * rows, heads or batches, or on strides. Masked scores are selected, not added; values that are not finite are found by one test a tile and
+ * then take a careful path. */
 #include "cpu_kernels.h"
 #include "naming.h"
 

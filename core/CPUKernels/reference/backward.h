@@ -1,5 +1,5 @@
-/* Backward: scores are recomputed tile by tile from Q, K and logsumexp. Query gradients belong to row tiles, key and value gradients to column
- * tiles, so nothing is summed across items: no atomics, one order of summation. */
+/* Backward: scores are recomputed tile by tile from Q, K and logsumexp. Query gradients belong to row tiles, key and value gradients to
+ * column tiles, so nothing is summed across items: no atomics, one order of summation. */
 
 typedef struct {
     score_tile tile;    /* scores: first s, then the dropped-out probabilities */

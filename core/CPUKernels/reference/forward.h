@@ -1,4 +1,5 @@
-/* Forward: one item is a tile of query rows of one head. Online softmax over column tiles (Milakov and Gimelshein 2018; Dao et al. 2022). */
+/* Forward: one item is a tile of query rows of one head. Online softmax over column tiles (Milakov and Gimelshein 2018; Dao et al. 2022).
+ * */
 
 typedef struct {
     score_tile tile;
@@ -123,8 +124,8 @@ static bool row_is_finite(const real* row, int64_t channels, real logsumexp) {
     return logsumexp - logsumexp == 0 && rows_are_finite(row, channels, 1, channels);
 }
 
-/* FP32 arithmetic can overflow where the formulas do not: rows that met a score which is not finite, or whose result is not, are computed once
- * more, with wide arithmetic. */
+/* FP32 arithmetic can overflow where the formulas do not: rows that met a score which is not finite, or whose result is not, are computed
+ * once more, with wide arithmetic. */
 static void forward_rows_wide(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
                               void* memory) {
     cpu_attention wide = *attention;

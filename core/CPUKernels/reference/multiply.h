@@ -2,8 +2,9 @@
  *
  *     c[row][column] (+)= sum over k of a[row * a_row + k * a_depth] * b[k * b_depth + column]
  *
- * with scalars of `a` broadcast against vectors of `b`. Each element sums over k in order, then is added to c when accumulating: rounding errors of
- * long sequences grow with their tiles, not with their keys, and its value does not depend on the tile's other rows and columns. `columns` and the strides of b and c are multiples of LANES; b and c are aligned. */
+ * with scalars of `a` broadcast against vectors of `b`. Each element sums over k in order, then is added to c when accumulating: rounding
+ * errors of long sequences grow with their tiles, not with their keys, and its value does not depend on the tile's other rows and columns.
+ * `columns` and the strides of b and c are multiples of LANES; b and c are aligned. */
 
 /* A block of accumulators, which the instruction set's registers hold beside the vectors of b and a scalar of a:
  *   AVX2     6 rows x 1 vector of two registers: 12 of 16 registers

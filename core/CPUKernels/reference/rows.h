@@ -54,8 +54,8 @@ static real finish_row(const cpu_attention* attention, int64_t h, const row_stat
 
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
 
-/* Whether a tile holds the rows of all heads that share keys: where there are few rows, as in decoding. A row's result is the same in any tile,
- * so this may depend on the number of heads. */
+/* Whether a tile holds the rows of all heads that share keys: where there are few rows, as in decoding. A row's result is the same in any
+ * tile, so this may depend on the number of heads. */
 static int64_t heads_in_tile(const cpu_attention* attention) {
     return attention->seq_len_q <= TILE_ROWS / 2 ? attention->num_heads / attention->num_kv_heads : 1;
 }

@@ -1,8 +1,8 @@
 /* The geometry of a problem and one tile of scores.
  *
  * A tile is TILE_COLUMNS key columns by up to TILE_ROWS query rows, stored transposed, [column][row], so that a vector holds one column of
- * LANES query rows. Column tiles begin at multiples of TILE_COLUMNS whatever the limits are: a row's sums are then the same with and without
- * padding behind kv_lengths, whichever tiles are skipped. */
+ * LANES query rows. Column tiles begin at multiples of TILE_COLUMNS whatever the limits are: a row's sums are then the same with and
+ * without padding behind kv_lengths, whichever tiles are skipped. */
 
 #ifndef KERNEL_TILE_COLUMNS
 #define KERNEL_TILE_COLUMNS 64
@@ -141,8 +141,8 @@ static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t fi
     for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
 }
 
-/* Query or key as scores may use it. Both carry the same rotation, which leaves dot products as they are: where rows are FP32 it need not be
- * undone, only gradients have to be rotated back. */
+/* Query or key as scores may use it. Both carry the same rotation, which leaves dot products as they are: where rows are FP32 it need not
+ * be undone, only gradients have to be rotated back. */
 static cpu_tensor score_operand(const cpu_tensor* tensor) {
     cpu_tensor operand = *tensor;
 #if !KERNEL_FP64
@@ -321,8 +321,8 @@ static void take_score_tile(workspace_cursor* cursor, const cpu_attention* atten
     tile->cap_slopes = backward && softcap_of(attention) > 0 ? workspace_take_reals(cursor, TILE_COLUMNS * rows) : NULL;
 }
 
-/* Sets the tile's place; it ends before last_column, behind which none of its rows attends anything. False if no element of it is attended, so
- * that it can be skipped. Reads masks only. */
+/* Sets the tile's place; it ends before last_column, behind which none of its rows attends anything. False if no element of it is attended,
+ * so that it can be skipped. Reads masks only. */
 static bool place_score_tile(const cpu_attention* attention, score_tile* tile, int64_t first_column, int64_t last_column) {
     tile->first_column = first_column;
     tile->columns = minimum(TILE_COLUMNS, minimum(last_column, tile->position.keys) - first_column);

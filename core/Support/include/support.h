@@ -5,12 +5,14 @@
 #include <stdbool.h>
 #include <stddef.h>
 
-/* ---- The registry's lock: one a process, held across fork(), so that what it guards is whole in the child ------------------------------ */
+/* ---- The registry's lock: one a process, held across fork(), so that what it guards is whole in the child ------------------------------
+ * */
 
 void support_registry_lock(void);
 void support_registry_unlock(void);
 
-/* ---- Locks of contexts: not held across fork(), which a long call would delay, but repaired in the child -------------------------------- */
+/* ---- Locks of contexts: not held across fork(), which a long call would delay, but repaired in the child --------------------------------
+ * */
 
 typedef struct support_lock support_lock;
 
@@ -23,7 +25,8 @@ void support_lock_destroy(support_lock* _Nonnull lock);
 bool support_lock_acquire(support_lock* _Nonnull lock);
 void support_lock_release(support_lock* _Nonnull lock);
 
-/* ---- A message for each thread ---------------------------------------------------------------------------------------------------------- */
+/* ---- A message for each thread ----------------------------------------------------------------------------------------------------------
+ * */
 
 enum { SUPPORT_MESSAGE_BYTES = 1024 };
 
