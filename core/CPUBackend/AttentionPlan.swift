@@ -9,14 +9,12 @@ struct AttentionPlan {
     private let kernels: [cpu_attention_kernel]
     private let fused: [QuantizationPass]
     private let team: Team
-    /// The bytes of workspace that it needs.
-    let workspaceSize: Int
 
     /// Forward, or backward where there are gradients.
     init(
-        _ problem: AttentionProblem, _ gradients: AttentionGradients?, _ table: KernelTable, threads: Int32, base: UnsafeMutableRawPointer?
+        _ problem: AttentionProblem, _ gradients: AttentionGradients?, _ table: KernelTable, threads: Int32,
+        _ layout: inout WorkspaceLayout
     ) throws(MFAError) {
-        var layout = WorkspaceLayout(base: base)
         var (attention, fused) = try AttentionPlan.describe(problem, table, threads: threads, &layout)
         var steps: [Step] = []
         if let gradients {
@@ -58,7 +56,6 @@ struct AttentionPlan {
             }
         }
         team = try Team(threads: threads, items: items, scratchSize: scratchSize, &layout)
-        workspaceSize = layout.size
         self.attention = attention
         self.kernels = kernels
         self.fused = fused

@@ -93,14 +93,18 @@ public final class CPUBackend: Backend {
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
         if problem.isEmpty { return 0 }
-        return try AttentionPlan(problem, nil, table, threads: threads, base: nil).workspaceSize
+        return try workspaceSize(problem, nil)
     }
 
     public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {
         if problem.attention.isEmpty { return 0 }
-        return try AttentionPlan(
-            problem.attention, problem.gradients, table, threads: threads, base: nil
-        ).workspaceSize
+        return try workspaceSize(problem.attention, problem.gradients)
+    }
+
+    private func workspaceSize(_ problem: AttentionProblem, _ gradients: AttentionGradients?) throws(MFAError) -> Int {
+        var layout = WorkspaceLayout(base: nil)
+        _ = try AttentionPlan(problem, gradients, table, threads: threads, &layout)
+        return layout.size
     }
 
     public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
@@ -109,10 +113,7 @@ public final class CPUBackend: Backend {
 
     /// A plan whose workspace is there.
     private func plan(_ problem: AttentionProblem, _ gradients: AttentionGradients?) throws(MFAError) -> AttentionPlan {
-        let guess = workspace.memory
-        let plan = try AttentionPlan(problem, gradients, table, threads: threads, base: guess)
-        let memory = try workspace.reserve(plan.workspaceSize)
-        return memory == guess ? plan : try AttentionPlan(problem, gradients, table, threads: threads, base: memory)
+        try layOut { (layout) throws(MFAError) in try AttentionPlan(problem, gradients, table, threads: threads, &layout) }
     }
 
     // MARK: Quantisation
