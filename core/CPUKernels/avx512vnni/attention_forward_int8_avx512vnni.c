@@ -389,6 +389,23 @@ INLINE __m512i broadcast_step(const int8_t* bytes) {
     return vector_of_steps;
 }
 
+/* Adds to sums[n][v], for n < count and v < vectors, the products of all steps: unsigned lanes [step][rows][STEP] with the signed bytes of n
+ * at signed_bytes + step * step_stride + n * stride. */
+INLINE void accumulate_products(const int vectors, const int count, int64_t steps, const uint8_t* lane_bytes, int64_t rows,
+                                const int8_t* signed_bytes, int64_t step_stride, int64_t stride, __m512i sums[STEP][VECTORS]) {
+    for (int64_t step = 0; step < steps; step++) {
+        __m512i lanes[VECTORS];
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) lanes[v] = _mm512_load_si512(lane_bytes + (step * rows + v * LANES) * STEP);
+#pragma clang loop unroll(full)
+        for (int n = 0; n < count; n++) {
+            __m512i factor = broadcast_step(signed_bytes + step * step_stride + n * stride);
+#pragma clang loop unroll(full)
+            for (int v = 0; v < vectors; v++) sums[n][v] = _mm512_dpbusd_epi32(sums[n][v], lanes[v], factor);
+        }
+    }
+}
+
 /* Scores of STEP keys against `vectors` vectors of rows. */
 INLINE void multiply_keys(const int vectors, int64_t steps, const int8_t* keys, int64_t key_stride, const int32_t* offsets,
                           const uint8_t* query, int64_t rows, int32_t* scores) {
@@ -398,17 +415,7 @@ INLINE void multiply_keys(const int vectors, int64_t steps, const int8_t* keys, 
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) sums[k][v] = _mm512_set1_epi32(offsets[k]);
     }
-    for (int64_t step = 0; step < steps; step++) {
-        __m512i lanes[VECTORS];
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) lanes[v] = _mm512_load_si512(query + (step * rows + v * LANES) * STEP);
-#pragma clang loop unroll(full)
-        for (int k = 0; k < STEP; k++) {
-            __m512i key = broadcast_step(keys + k * key_stride + step * STEP);
-#pragma clang loop unroll(full)
-            for (int v = 0; v < vectors; v++) sums[k][v] = _mm512_dpbusd_epi32(sums[k][v], lanes[v], key);
-        }
-    }
+    accumulate_products(vectors, STEP, steps, query, rows, keys, STEP, key_stride, sums);
 #pragma clang loop unroll(full)
     for (int k = 0; k < STEP; k++) {
 #pragma clang loop unroll(full)
@@ -425,17 +432,7 @@ INLINE void multiply_values(const int vectors, const int channels, int64_t steps
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) sums[d][v] = _mm512_setzero_si512();
     }
-    for (int64_t step = 0; step < steps; step++) {
-        __m512i lanes[VECTORS];
-#pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) lanes[v] = _mm512_load_si512(weights + (step * rows + v * LANES) * STEP);
-#pragma clang loop unroll(full)
-        for (int d = 0; d < channels; d++) {
-            __m512i value = broadcast_step(values + step * value_stride + d * STEP);
-#pragma clang loop unroll(full)
-            for (int v = 0; v < vectors; v++) sums[d][v] = _mm512_dpbusd_epi32(sums[d][v], lanes[v], value);
-        }
-    }
+    accumulate_products(vectors, channels, steps, weights, rows, values, value_stride, STEP, sums);
 #pragma clang loop unroll(full)
     for (int v = 0; v < vectors; v++) {
         __m512 old = _mm512_load_ps(rescale + v * LANES), new = _mm512_load_ps(factors + v * LANES);

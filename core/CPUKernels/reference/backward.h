@@ -83,6 +83,14 @@ static void load_query_rows(const cpu_attention* attention, backward_workspace* 
     }
 }
 
+/* Lays out the workspace and reads the query rows of an item that is a tile of them. */
+static void open_row_tile(const cpu_attention* attention, int64_t item, void* memory, bool with_d_values, backward_workspace* workspace) {
+    backward_layout(attention, memory, workspace);
+    int64_t first_row;
+    workspace->tile.position = locate_row_tile(attention, item, &first_row);
+    load_query_rows(attention, workspace, first_row, with_d_values);
+}
+
 static void load_key_value_rows(const cpu_attention* attention, backward_workspace* workspace, int64_t first_column, int64_t columns) {
     const head_position* at = &workspace->tile.position;
     const cpu_tensor key = score_operand(&attention->key);
@@ -177,12 +185,10 @@ static bool row_is_empty(const cpu_attention* attention, backward_workspace* wor
 
 static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
-    backward_layout(attention, memory, &workspace);
+    open_row_tile(attention, item, memory, false, &workspace);
     score_tile* tile = &workspace.tile;
-    int64_t first_row;
-    tile->position = locate_row_tile(attention, item, &first_row);
     const head_position* at = &tile->position;
-    load_query_rows(attention, &workspace, first_row, false);
+    const int64_t first_row = tile->first_row;
     int64_t statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + first_row;
 
     if (attention->output.data) {
@@ -231,12 +237,10 @@ static void poison_grad_query(const cpu_attention* attention, backward_workspace
 
 static void backward_query_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
-    backward_layout(attention, memory, &workspace);
+    open_row_tile(attention, item, memory, true, &workspace);
     score_tile* tile = &workspace.tile;
-    int64_t first_row;
-    tile->position = locate_row_tile(attention, item, &first_row);
     const head_position* at = &tile->position;
-    load_query_rows(attention, &workspace, first_row, true);
+    const int64_t first_row = tile->first_row;
     const int64_t rows = tile->rows, head_dim = attention->head_dim;
     memset(workspace.grad_query, 0, (size_t)(head_dim * rows) * sizeof(real));
 
