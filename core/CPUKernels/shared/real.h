@@ -1,6 +1,6 @@
-/* The arithmetic of a reference kernel: its real type, vectors of it, and the functions that the softmax needs.
+/* The arithmetic of a kernel: its real type, vectors of it, and the functions that the softmax needs.
  *
- * Part of the template that attention.h assembles. KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
+ * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
  * compiler splits it into registers. All operations on vectors are lane by lane, so a row's result does not depend on the rows beside it.
  * */
 
