@@ -1,5 +1,7 @@
 /* What online softmax knows of each query row, and how a row ends. */
 
+static const double LN_2 = 0.693147180559945309417;
+
 typedef struct {
     real* highest;       /* the highest score so far */
     real* sum;           /* of exp(score - highest) */
