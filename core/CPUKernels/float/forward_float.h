@@ -23,7 +23,7 @@
 #include <string.h>
 
 #define KERNEL_FP64 0
-#define KERNEL_TILE_ROWS 128
+#define KERNEL_TILE_ROWS 256
 #define KERNEL_TILE_COLUMNS 128
 
 #pragma clang diagnostic push

@@ -98,6 +98,7 @@ typedef struct cpu_attention {
     uint32_t dropout_offset;
     void* _Nullable shared; /* workspace of all items: what preparation writes, or what items leave for the finish */
     bool float_statistics;  /* statistics are float whatever the arithmetic is */
+    int32_t threads;        /* that share the items: their number may depend on it, results may not */
 
     /* Backward only. */
     cpu_tensor grad_output;

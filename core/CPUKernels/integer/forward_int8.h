@@ -32,7 +32,7 @@
 
 #define KERNEL_FP64 0
 #define KERNEL_TILE_COLUMNS 128
-#define KERNEL_TILE_ROWS 128
+#define KERNEL_TILE_ROWS 256
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
