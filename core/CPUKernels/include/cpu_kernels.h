@@ -148,6 +148,14 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #endif
 
+/* Kernels for few query rows over many keys: forward in FP32 on operands of any type. */
+#if defined(__x86_64__)
+extern const cpu_attention_kernel attention_decode_float_avx2;
+extern const cpu_attention_kernel attention_decode_float_avx512;
+#elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_decode_float_neon;
+#endif
+
 /* ---- Quantisation -------------------------------------------------------------------------------------------------------------------- */
 
 /* Quantising `input` (a float type) into `output`, or dequantising (`input` INT8 or INT4, `output` a float type). An item is one (batch,
