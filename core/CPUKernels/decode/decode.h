@@ -111,15 +111,27 @@ INLINE slice load_slice(const cpu_precision precision, const bool shifted, const
     return shifted ? value - zero_point : value;
 }
 
-/* Neighbours added: in each group of four lanes, two sums of `a`, then two of `b`. */
-INLINE slice add_pairs(slice a, slice b) {
+/* The first half of adding up each group of four lanes: two sums of `a` and two of `b`, in turn. */
+INLINE slice add_halves(slice a, slice b) {
 #if KERNEL_SLICE == 4
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #elif KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + __builtin_shufflevector(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
-    return __builtin_shufflevector(a, b, 0, 2, 16, 18, 4, 6, 20, 22, 8, 10, 24, 26, 12, 14, 28, 30) +
-           __builtin_shufflevector(a, b, 1, 3, 17, 19, 5, 7, 21, 23, 9, 11, 25, 27, 13, 15, 29, 31);
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#endif
+}
+
+/* The second half: the sums of add_halves() added, those of `a` first. */
+INLINE slice add_quarters(slice a, slice b) {
+#if KERNEL_SLICE == 4
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#elif KERNEL_SLICE == 8
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 #endif
 }
 
@@ -141,7 +153,7 @@ INLINE slice add_lanes(const slice slices[SLICE]) {
 #pragma clang loop unroll(full)
     for (int group = 0; group < SLICE / 4; group++) {
         const slice* of_group = slices + group * 4;
-        groups[group] = add_pairs(add_pairs(of_group[0], of_group[1]), add_pairs(of_group[2], of_group[3]));
+        groups[group] = add_quarters(add_halves(of_group[0], of_group[1]), add_halves(of_group[2], of_group[3]));
     }
 #if KERNEL_SLICE == 4
     return groups[0];
@@ -168,25 +180,25 @@ INLINE void interleave_slices(slice* even, slice* odd) {
 }
 
 /* Calls body(precision, shifted) with both as constants; without codes nothing is shifted. */
-#define WITH_PRECISION(precision, shifted, body)                                        \
-    switch (precision) {                                                                \
-    case CPU_FP16: body(CPU_FP16, false); break;                                        \
-    case CPU_BF16: body(CPU_BF16, false); break;                                        \
-    case CPU_INT8:                                                                      \
-        if (shifted) {                                                                  \
-            body(CPU_INT8, true);                                                       \
-        } else {                                                                        \
-            body(CPU_INT8, false);                                                      \
-        }                                                                               \
-        break;                                                                          \
-    case CPU_INT4:                                                                      \
-        if (shifted) {                                                                  \
-            body(CPU_INT4, true);                                                       \
-        } else {                                                                        \
-            body(CPU_INT4, false);                                                      \
-        }                                                                               \
-        break;                                                                          \
-    default: body(CPU_FP32, false); break;                                              \
+#define WITH_PRECISION(precision, shifted, body) \
+    switch (precision) {                         \
+    case CPU_FP16: body(CPU_FP16, false); break; \
+    case CPU_BF16: body(CPU_BF16, false); break; \
+    case CPU_INT8:                               \
+        if (shifted) {                           \
+            body(CPU_INT8, true);                \
+        } else {                                 \
+            body(CPU_INT8, false);               \
+        }                                        \
+        break;                                   \
+    case CPU_INT4:                               \
+        if (shifted) {                           \
+            body(CPU_INT4, true);                \
+        } else {                                 \
+            body(CPU_INT4, false);               \
+        }                                        \
+        break;                                   \
+    default: body(CPU_FP32, false); break;       \
     }
 
 /* ---- Keys and values ----------------------------------------------------------------------------------------------------------------- */
@@ -272,15 +284,14 @@ static void copy_row(const operand* operand, int64_t s, char* copy) {
 }
 
 /* Numbers that belong to rows first ..< first + columns, one each. */
-#define LOAD_ROW_NUMBERS(numbers, array)                                                                                \
-    do {                                                                                                                \
-        const int64_t* strides = tensor->scale_strides;                                                                 \
-        const int64_t base = operand->b * strides[0] + operand->head * strides[1];                                      \
-        for (int64_t k = 0; k < columns; k++) {                                                                         \
-            const int64_t group = tensor->scale_tokens == 1 || strides[2] == 0 ? first + k                              \
-                                                                               : (first + k) / tensor->scale_tokens;    \
-            (numbers)[k] = (float)(array)[base + group * strides[2]];                                                   \
-        }                                                                                                               \
+#define LOAD_ROW_NUMBERS(numbers, array)                                                                                         \
+    do {                                                                                                                         \
+        const int64_t* strides = tensor->scale_strides;                                                                          \
+        const int64_t base = operand->b * strides[0] + operand->head * strides[1];                                               \
+        for (int64_t k = 0; k < columns; k++) {                                                                                  \
+            const int64_t group = tensor->scale_tokens == 1 || strides[2] == 0 ? first + k : (first + k) / tensor->scale_tokens; \
+            (numbers)[k] = (float)(array)[base + group * strides[2]];                                                            \
+        }                                                                                                                        \
     } while (0)
 
 /* Makes rows first ..< first + columns the block at hand. */
@@ -289,9 +300,9 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     operand->columns = columns;
     if (operand->in_place) {
         const int64_t offset = row_offset(tensor, operand->b, operand->head, first);
-        operand->rows = (const char*)tensor->data + (tensor->precision == CPU_INT4 ? offset / 2 : offset * element_bytes(tensor->precision));
-        operand->stride =
-            tensor->precision == CPU_INT4 ? tensor->strides[2] / 2 : tensor->strides[2] * element_bytes(tensor->precision);
+        operand->rows =
+            (const char*)tensor->data + (tensor->precision == CPU_INT4 ? offset / 2 : offset * element_bytes(tensor->precision));
+        operand->stride = tensor->precision == CPU_INT4 ? tensor->strides[2] / 2 : tensor->strides[2] * element_bytes(tensor->precision);
     } else {
         operand->rows = operand->copies;
         operand->stride = row_bytes(operand->precision, operand->steps * CHANNEL_STEP);
@@ -437,12 +448,12 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
 }
 
 static void multiply_key_block(const operand* key, int64_t rows, const float* query, float* scores, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                          \
-    switch (rows) {                                                                           \
-    case 1: multiply_keys(precision, shifted, 1, key, query, scores, stream); break;          \
-    case 2: multiply_keys(precision, shifted, 2, key, query, scores, stream); break;          \
-    case 3: multiply_keys(precision, shifted, 3, key, query, scores, stream); break;          \
-    default: multiply_keys(precision, shifted, ROWS, key, query, scores, stream); break;      \
+#define MULTIPLY(precision, shifted)                                                     \
+    switch (rows) {                                                                      \
+    case 1: multiply_keys(precision, shifted, 1, key, query, scores, stream); break;     \
+    case 2: multiply_keys(precision, shifted, 2, key, query, scores, stream); break;     \
+    case 3: multiply_keys(precision, shifted, 3, key, query, scores, stream); break;     \
+    default: multiply_keys(precision, shifted, ROWS, key, query, scores, stream); break; \
     }
     WITH_PRECISION(key->precision, key->shifted, MULTIPLY)
 #undef MULTIPLY
@@ -467,12 +478,12 @@ INLINE bool multiply_all_values(const cpu_precision precision, const bool shifte
 
 /* The weighted sums of the block's values. False if one is not finite. */
 static bool multiply_value_block(const operand* value, int64_t rows, const float* weights, float* output, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                                  \
-    switch (rows) {                                                                                   \
-    case 1: return multiply_all_values(precision, shifted, 1, value, weights, output, stream);        \
-    case 2: return multiply_all_values(precision, shifted, 2, value, weights, output, stream);        \
-    case 3: return multiply_all_values(precision, shifted, 3, value, weights, output, stream);        \
-    default: return multiply_all_values(precision, shifted, ROWS, value, weights, output, stream);    \
+#define MULTIPLY(precision, shifted)                                                               \
+    switch (rows) {                                                                                \
+    case 1: return multiply_all_values(precision, shifted, 1, value, weights, output, stream);     \
+    case 2: return multiply_all_values(precision, shifted, 2, value, weights, output, stream);     \
+    case 3: return multiply_all_values(precision, shifted, 3, value, weights, output, stream);     \
+    default: return multiply_all_values(precision, shifted, ROWS, value, weights, output, stream); \
     }
     WITH_PRECISION(value->precision, value->shifted, MULTIPLY)
 #undef MULTIPLY
@@ -814,8 +825,9 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
         place_block(&workspace.key, column, columns);
         place_block(&workspace.value, column, columns);
         row_stream values = stream_rows(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
-        row_stream keys = stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
-                                      divide_up(columns, STEPS_OF_VALUES) * divide_up(workspace.value.steps * 2, SLICES_AT_ONCE(minimum(rows, ROWS))));
+        row_stream keys =
+            stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
+                        divide_up(columns, STEPS_OF_VALUES) * divide_up(workspace.value.steps * 2, SLICES_AT_ONCE(minimum(rows, ROWS))));
         for (int64_t row = 0; row < rows; row += ROWS) {
             multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.steps * CHANNEL_STEP,
                                workspace.weights + row * BLOCK_KEYS, &values);
