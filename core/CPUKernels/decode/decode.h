@@ -47,447 +47,24 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #include "../shared/real.h"
 #include "../shared/tile.h"
 #include "../shared/rows.h"
-/* clang-format on */
 
 enum {
-    MOST_QUERIES = 4,         /* rows of a head: with more, kernels whose lanes are rows are as fast */
-    PART_KEYS = 512,          /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
-    BLOCK_KEYS = 64,          /* of a block: bits of a 64-bit number say which are attended */
-    ROWS = 4,                 /* query rows that share a register of keys or values */
-    SLICE = KERNEL_SLICE,     /* lanes of a slice: channels in a register */
-    CHANNEL_STEP = 2 * SLICE, /* channels of what loops go through at once: a byte of INT4 holds two */
+    MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
+    PART_KEYS = 512,  /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
+    BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
+    ROWS = 4,         /* query rows that share a register of keys or values */
     CACHE_LINE = 64,
 };
 
-/* ---- Slices -------------------------------------------------------------------------------------------------------------------------- */
-
-typedef float slice __attribute__((ext_vector_type(SLICE)));
-typedef int32_t integer_slice __attribute__((ext_vector_type(SLICE)));
-typedef uint32_t word_slice __attribute__((ext_vector_type(SLICE)));
-
-/* What a caller's memory holds, at any address. */
-typedef slice __attribute__((aligned(1), may_alias)) float_slice_in_memory;
-typedef _Float16 __attribute__((ext_vector_type(SLICE), aligned(1), may_alias)) half_slice_in_memory;
-typedef uint16_t __attribute__((ext_vector_type(SLICE), aligned(1), may_alias)) bfloat_slice_in_memory;
-typedef int8_t __attribute__((ext_vector_type(SLICE), aligned(1), may_alias)) byte_slice_in_memory;
-
-INLINE slice slice_load(const float* address) {
-    return *(const float_slice_in_memory*)address;
-}
-
-INLINE void slice_store(float* address, slice value) {
-    *(float_slice_in_memory*)address = value;
-}
-
-INLINE slice slice_of(float value) {
-    return (slice)value;
-}
-
-/* Bytes of `channels` channels. */
-INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
-    return precision == CPU_INT4 ? divide_up(channels, 2) : channels * element_bytes(precision);
-}
-
-/* Half 0 or 1 of CHANNEL_STEP channels: their numbers, or their codes less the zero point (where `shifted`). Of INT4, half 0 holds the even
- * channels and half 1 the odd ones. */
-INLINE slice load_slice(const cpu_precision precision, const bool shifted, const char* step, const int half, slice zero_point) {
-    slice value;
-    switch (precision) {
-    case CPU_FP16: return __builtin_convertvector(*(const half_slice_in_memory*)(step + half * SLICE * 2), slice);
-    case CPU_BF16: {
-        const word_slice bits = __builtin_convertvector(*(const bfloat_slice_in_memory*)(step + half * SLICE * 2), word_slice) << 16;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-    case CPU_INT8: value = __builtin_convertvector(*(const byte_slice_in_memory*)(step + half * SLICE), slice); break;
-    case CPU_INT4: {
-        integer_slice codes = __builtin_convertvector(*(const byte_slice_in_memory*)step, integer_slice);
-        codes = half == 0 ? (integer_slice)((word_slice)codes << 28) >> 28 : codes >> 4;
-        value = __builtin_convertvector(codes, slice);
-        break;
-    }
-    default: return slice_load((const float*)step + half * SLICE);
-    }
-    return shifted ? value - zero_point : value;
-}
-
-/* The first half of adding up each group of four lanes: two sums of `a` and two of `b`, in turn. */
-INLINE slice add_halves(slice a, slice b) {
-#if KERNEL_SLICE == 4
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#elif KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#include "slices.h"
+#if KERNEL_INTEGER
+#include "numbers_int8.h"
 #else
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#include "numbers_float.h"
 #endif
-}
-
-/* The second half: the sums of add_halves() added, those of `a` first. */
-INLINE slice add_quarters(slice a, slice b) {
-#if KERNEL_SLICE == 4
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-#elif KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
-#else
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-#endif
-}
-
-#if KERNEL_SLICE > 4
-/* Neighbouring groups of four lanes added: the sums of `a`, then those of `b`. */
-INLINE slice add_groups(slice a, slice b) {
-#if KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
-#else
-    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-#endif
-}
-#endif
-
-/* The sums of the lanes of SLICE slices, each by the same tree. */
-INLINE slice add_lanes(const slice slices[SLICE]) {
-    slice groups[SLICE / 4];
-#pragma clang loop unroll(full)
-    for (int group = 0; group < SLICE / 4; group++) {
-        const slice* of_group = slices + group * 4;
-        groups[group] = add_quarters(add_halves(of_group[0], of_group[1]), add_halves(of_group[2], of_group[3]));
-    }
-#if KERNEL_SLICE == 4
-    return groups[0];
-#elif KERNEL_SLICE == 8
-    return add_groups(groups[0], groups[1]);
-#else
-    return add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
-#endif
-}
-
-/* Slices of even and odd channels as those of neighbouring channels. */
-INLINE void interleave_slices(slice* even, slice* odd) {
-    const slice a = *even, b = *odd;
-#if KERNEL_SLICE == 4
-    *even = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    *odd = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#elif KERNEL_SLICE == 8
-    *even = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    *odd = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-    *even = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    *odd = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#endif
-}
-
-/* Calls body(precision, shifted) with both as constants; without codes nothing is shifted. */
-#define WITH_PRECISION(precision, shifted, body) \
-    switch (precision) {                         \
-    case CPU_FP16: body(CPU_FP16, false); break; \
-    case CPU_BF16: body(CPU_BF16, false); break; \
-    case CPU_INT8:                               \
-        if (shifted) {                           \
-            body(CPU_INT8, true);                \
-        } else {                                 \
-            body(CPU_INT8, false);               \
-        }                                        \
-        break;                                   \
-    case CPU_INT4:                               \
-        if (shifted) {                           \
-            body(CPU_INT4, true);                \
-        } else {                                 \
-            body(CPU_INT4, false);               \
-        }                                        \
-        break;                                   \
-    default: body(CPU_FP32, false); break;       \
-    }
-
-/* ---- Keys and values ----------------------------------------------------------------------------------------------------------------- */
-
-/* The keys or values of one head, and the block of them at hand. */
-typedef struct {
-    cpu_tensor tensor;
-    int64_t b, head, channels;
-    int64_t steps;           /* of CHANNEL_STEP channels, the last one padded */
-    cpu_precision precision; /* of the rows as they are multiplied */
-    bool dequantized;        /* copied as real numbers: no scale nor zero point is left to apply */
-    bool in_place;           /* not copied */
-    bool shifted;            /* there are zero points */
-    char* copies;            /* workspace: BLOCK_KEYS rows, in FP32 at most */
-
-    int64_t columns; /* of the block */
-    const char* rows;
-    int64_t stride;     /* bytes from row to row */
-    float* scales;      /* [BLOCK_KEYS]; 1 where there are none */
-    float* zero_points; /* [BLOCK_KEYS] */
-} operand;
-
-INLINE bool has_codes(const cpu_tensor* tensor) {
-    return tensor->precision == CPU_INT8 || tensor->precision == CPU_INT4;
-}
-
-/* Whether each channel has one scale for all rows. */
-INLINE bool has_channel_scales(const cpu_tensor* tensor) {
-    return has_codes(tensor) && tensor->scales && tensor->scale_strides[3] != 0 && tensor->scale_strides[2] == 0 &&
-           tensor->scale_channels == 1 && !tensor->zero_points;
-}
-
-/* Whether scales and zero points can wait until codes were multiplied. */
-INLINE bool multiplies_codes(const cpu_tensor* tensor) {
-    return has_codes(tensor) && (tensor->scale_strides[3] == 0 || !(tensor->scales || tensor->zero_points) || has_channel_scales(tensor));
-}
-
-INLINE int64_t channel_steps(int64_t channels) {
-    return divide_up(channels, CHANNEL_STEP);
-}
-
-INLINE int64_t padded_channels(int64_t channels) {
-    return channel_steps(channels) * CHANNEL_STEP;
-}
-
-static void take_operand(workspace_cursor* cursor, int64_t channels, operand* operand) {
-    operand->copies = workspace_take(cursor, BLOCK_KEYS * padded_channels(channels), sizeof(float));
-    operand->scales = workspace_take_reals(cursor, BLOCK_KEYS);
-    operand->zero_points = workspace_take_reals(cursor, BLOCK_KEYS);
-}
-
-static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int64_t channels, operand* operand) {
-    operand->tensor = *tensor;
-    operand->b = b;
-    operand->head = head;
-    operand->channels = channels;
-    operand->steps = channel_steps(channels);
-    operand->dequantized = has_codes(tensor) && !multiplies_codes(tensor);
-    operand->precision = operand->dequantized ? CPU_FP32 : tensor->precision;
-    operand->in_place = !operand->dequantized && tensor->strides[3] == 1 && channels % CHANNEL_STEP == 0;
-    operand->shifted = !operand->dequantized && has_codes(tensor) && tensor->zero_points;
-}
-
-/* Row `s` of the tensor as its own elements, neighbours, padded with zeros. */
-static void copy_row(const operand* operand, int64_t s, char* copy) {
-    const cpu_tensor* tensor = &operand->tensor;
-    const int64_t channels = operand->channels, stride = tensor->strides[3];
-    const int64_t offset = row_offset(tensor, operand->b, operand->head, s);
-    const int64_t bytes = row_bytes(operand->precision, operand->steps * CHANNEL_STEP);
-    memset(copy, 0, (size_t)bytes);
-    if (operand->dequantized) {
-        load_row_float(tensor, operand->b, operand->head, s, channels, (float*)copy);
-    } else if (tensor->precision == CPU_INT4) {
-        int8_t scratch[CPU_MAX_HEAD_DIM + 1];
-        load_codes(tensor, operand->b, operand->head, s, channels, scratch);
-        scratch[channels] = 0;
-        for (int64_t d = 0; d < channels; d += 2) copy[d / 2] = (char)int4_pair(scratch[d], scratch[d + 1]);
-    } else {
-        const int64_t size = element_bytes(tensor->precision);
-        const char* elements = (const char*)tensor->data + offset * size;
-        for (int64_t d = 0; d < channels; d++) memcpy(copy + d * size, elements + d * stride * size, (size_t)size);
-    }
-}
-
-/* Numbers that belong to rows first ..< first + columns, one each. */
-#define LOAD_ROW_NUMBERS(numbers, array)                                                                                         \
-    do {                                                                                                                         \
-        const int64_t* strides = tensor->scale_strides;                                                                          \
-        const int64_t base = operand->b * strides[0] + operand->head * strides[1];                                               \
-        for (int64_t k = 0; k < columns; k++) {                                                                                  \
-            const int64_t group = tensor->scale_tokens == 1 || strides[2] == 0 ? first + k : (first + k) / tensor->scale_tokens; \
-            (numbers)[k] = (float)(array)[base + group * strides[2]];                                                            \
-        }                                                                                                                        \
-    } while (0)
-
-/* Makes rows first ..< first + columns the block at hand. */
-static void place_block(operand* operand, int64_t first, int64_t columns) {
-    const cpu_tensor* tensor = &operand->tensor;
-    operand->columns = columns;
-    if (operand->in_place) {
-        const int64_t offset = row_offset(tensor, operand->b, operand->head, first);
-        operand->rows =
-            (const char*)tensor->data + (tensor->precision == CPU_INT4 ? offset / 2 : offset * element_bytes(tensor->precision));
-        operand->stride = tensor->precision == CPU_INT4 ? tensor->strides[2] / 2 : tensor->strides[2] * element_bytes(tensor->precision);
-    } else {
-        operand->rows = operand->copies;
-        operand->stride = row_bytes(operand->precision, operand->steps * CHANNEL_STEP);
-        for (int64_t k = 0; k < columns; k++) copy_row(operand, first + k, operand->copies + k * operand->stride);
-    }
-    if (has_codes(tensor) && !operand->dequantized && tensor->scales && !has_channel_scales(tensor)) {
-        LOAD_ROW_NUMBERS(operand->scales, tensor->scales);
-    } else {
-        for (int64_t k = 0; k < columns; k++) operand->scales[k] = 1;
-    }
-    for (int64_t k = 0; k < columns; k++) operand->zero_points[k] = 0;
-    if (operand->shifted) LOAD_ROW_NUMBERS(operand->zero_points, tensor->zero_points);
-}
-
-/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. */
-typedef struct {
-    const char* row;
-    int64_t stride, bytes; /* from row to row; of a row */
-    int64_t rows;          /* left */
-    int64_t line;          /* of the row at hand, in bytes from its start */
-    int64_t lines_at_once;
-} row_stream;
-
-/* The rows of `operand` from `first` on, at most `most`, to be fetched in `times` goes. */
-static row_stream stream_rows(const operand* operand, int64_t first, int64_t rows, int64_t times) {
-    row_stream stream = {0};
-    if (!operand->in_place || rows <= 0) return stream;
-    stream.bytes = row_bytes(operand->precision, operand->channels);
-    const int64_t size = row_bytes(operand->precision, 2);
-    stream.row = (const char*)operand->tensor.data + row_offset(&operand->tensor, operand->b, operand->head, first) * size / 2;
-    stream.stride = operand->tensor.strides[2] * size / 2;
-    stream.rows = rows;
-    stream.lines_at_once = divide_up(rows * divide_up(stream.bytes, CACHE_LINE), times);
-    return stream;
-}
-
-INLINE void fetch_lines(row_stream* stream) {
-    for (int64_t k = 0; k < stream->lines_at_once && stream->rows > 0; k++) {
-        __builtin_prefetch(stream->row + stream->line);
-        stream->line += CACHE_LINE;
-        if (stream->line >= stream->bytes) {
-            stream->line = 0;
-            stream->row += stream->stride;
-            stream->rows--;
-        }
-    }
-}
-
-/* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
-
-/* Keys that are multiplied together with `rows` rows, and slices of values that are: their sums fill most registers, and are as many as the
- * latency of multiply-adds asks for. */
-#define KEYS_AT_ONCE(rows) (((rows) > 2 ? 2 : 4) * (KERNEL_REGISTERS / 16))
-#define SLICES_AT_ONCE(rows) ((rows) > 2 && KERNEL_REGISTERS == 16 ? 2 : 4)
-
-enum { MOST_KEYS_AT_ONCE = KEYS_AT_ONCE(1), MOST_SUMS = KEYS_AT_ONCE(ROWS) * ROWS, STEPS_OF_VALUES = 8 };
-
-/* Dot products of `rows` queries with the block's keys: scores[row][BLOCK_KEYS]. */
-INLINE void multiply_keys(const cpu_precision precision, const bool shifted, const int rows, const operand* key, const float* query,
-                          float* scores, row_stream* stream) {
-    const int keys = KEYS_AT_ONCE(rows);
-    const int64_t query_stride = key->steps * CHANNEL_STEP;
-    for (int64_t column = 0; column < key->columns; column += keys) {
-        const char* at[MOST_KEYS_AT_ONCE];
-        slice zero_points[MOST_KEYS_AT_ONCE];
-        slice sums[MOST_SUMS];
-        fetch_lines(stream);
-#pragma clang loop unroll(full)
-        for (int k = 0; k < keys; k++) {
-            const int64_t here = minimum(column + k, key->columns - 1); /* behind the block's end: the last one again */
-            at[k] = key->rows + here * key->stride;
-            zero_points[k] = slice_of(key->zero_points[here]);
-        }
-#pragma clang loop unroll(full)
-        for (int n = 0; n < MOST_SUMS; n++) sums[n] = slice_of(0);
-        for (int64_t step = 0; step < key->steps; step++) {
-#pragma clang loop unroll(full)
-            for (int half = 0; half < 2; half++) {
-                slice numbers[MOST_KEYS_AT_ONCE];
-#pragma clang loop unroll(full)
-                for (int k = 0; k < keys; k++) {
-                    numbers[k] = load_slice(precision, shifted, at[k] + step * row_bytes(precision, CHANNEL_STEP), half, zero_points[k]);
-                }
-#pragma clang loop unroll(full)
-                for (int row = 0; row < rows; row++) {
-                    const slice factor = slice_load(query + row * query_stride + step * CHANNEL_STEP + half * SLICE);
-#pragma clang loop unroll(full)
-                    for (int k = 0; k < keys; k++) sums[row * keys + k] += factor * numbers[k];
-                }
-            }
-        }
-        float products[MOST_SUMS];
-#pragma clang loop unroll(full)
-        for (int n = 0; n < rows * keys; n += SLICE) slice_store(products + n, add_lanes(sums + n));
-#pragma clang loop unroll(full)
-        for (int row = 0; row < rows; row++) {
-            memcpy(scores + row * BLOCK_KEYS + column, products + row * keys, (size_t)keys * sizeof(float));
-        }
-    }
-}
-
-/* The weighted sum of some slices of the block's values for `rows` rows: output[row][channel]. Returns 0 if all of it is finite, else NaN in
- * some lane. */
-INLINE slice multiply_values(const cpu_precision precision, const bool shifted, const int rows, const int slices, const operand* value,
-                             int64_t step, const float* weights, float* output, row_stream* stream) {
-    const char* values = value->rows + step * row_bytes(precision, CHANNEL_STEP);
-    slice sums[ROWS][4];
-#pragma clang loop unroll(full)
-    for (int row = 0; row < rows; row++) {
-#pragma clang loop unroll(full)
-        for (int n = 0; n < slices; n++) sums[row][n] = slice_of(0);
-    }
-    for (int64_t column = 0; column < value->columns; column += STEPS_OF_VALUES) {
-        fetch_lines(stream);
-        const int64_t end = minimum(column + STEPS_OF_VALUES, value->columns);
-        for (int64_t k = column; k < end; k++) {
-            const char* at = values + k * value->stride;
-            const slice zero_point = slice_of(value->zero_points[k]);
-            slice numbers[4];
-#pragma clang loop unroll(full)
-            for (int n = 0; n < slices; n++) {
-                numbers[n] = load_slice(precision, shifted, at + n / 2 * row_bytes(precision, CHANNEL_STEP), n % 2, zero_point);
-            }
-#pragma clang loop unroll(full)
-            for (int row = 0; row < rows; row++) {
-                const slice weight = slice_of(weights[row * BLOCK_KEYS + k]);
-#pragma clang loop unroll(full)
-                for (int n = 0; n < slices; n++) sums[row][n] += weight * numbers[n];
-            }
-        }
-    }
-    slice excess = slice_of(0); /* x - x is 0 for a finite x, else NaN */
-#pragma clang loop unroll(full)
-    for (int row = 0; row < rows; row++) {
-#pragma clang loop unroll(full)
-        for (int n = 0; n < slices; n++) {
-            excess += sums[row][n] - sums[row][n];
-            if (precision == CPU_INT4 && n % 2 == 0) interleave_slices(&sums[row][n], &sums[row][n + 1]);
-            slice_store(output + row * value->steps * CHANNEL_STEP + step * CHANNEL_STEP + n * SLICE, sums[row][n]);
-        }
-    }
-    return excess;
-}
-
-static void multiply_key_block(const operand* key, int64_t rows, const float* query, float* scores, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                     \
-    switch (rows) {                                                                      \
-    case 1: multiply_keys(precision, shifted, 1, key, query, scores, stream); break;     \
-    case 2: multiply_keys(precision, shifted, 2, key, query, scores, stream); break;     \
-    case 3: multiply_keys(precision, shifted, 3, key, query, scores, stream); break;     \
-    default: multiply_keys(precision, shifted, ROWS, key, query, scores, stream); break; \
-    }
-    WITH_PRECISION(key->precision, key->shifted, MULTIPLY)
-#undef MULTIPLY
-}
-
-/* All slices for `rows` rows. */
-INLINE bool multiply_all_values(const cpu_precision precision, const bool shifted, const int rows, const operand* value,
-                                const float* weights, float* output, row_stream* stream) {
-    const int steps = SLICES_AT_ONCE(rows) / 2;
-    slice excess = slice_of(0);
-    int64_t step = 0;
-    for (; step + steps <= value->steps; step += steps) {
-        excess += multiply_values(precision, shifted, rows, steps * 2, value, step, weights, output, stream);
-    }
-    for (; step < value->steps; step++) {
-        excess += multiply_values(precision, shifted, rows, 2, value, step, weights, output, stream);
-    }
-    float sum = 0;
-    for (int lane = 0; lane < SLICE; lane++) sum += excess[lane];
-    return sum == 0;
-}
-
-/* The weighted sums of the block's values. False if one is not finite. */
-static bool multiply_value_block(const operand* value, int64_t rows, const float* weights, float* output, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                               \
-    switch (rows) {                                                                                \
-    case 1: return multiply_all_values(precision, shifted, 1, value, weights, output, stream);     \
-    case 2: return multiply_all_values(precision, shifted, 2, value, weights, output, stream);     \
-    case 3: return multiply_all_values(precision, shifted, 3, value, weights, output, stream);     \
-    default: return multiply_all_values(precision, shifted, ROWS, value, weights, output, stream); \
-    }
-    WITH_PRECISION(value->precision, value->shifted, MULTIPLY)
-#undef MULTIPLY
-}
+#include "operands.h"
+#include "products.h"
+/* clang-format on */
 
 /* ---- Partial results ----------------------------------------------------------------------------------------------------------------- */
 
@@ -544,11 +121,18 @@ INLINE partial_row* next_partial(const cpu_attention* attention, partial_row* pa
 
 typedef struct {
     operand key, value;
-    float* query;          /* [rows][padded head_dim] */
+    number* query;         /* [rows][padded head_dim] */
     float* mean_scores;    /* [rows]: dot products with the keys' channel means */
     uint64_t* attended;    /* [rows]: which of the block's keys are */
     float* additions;      /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
-    float* weights;        /* [rows][BLOCK_KEYS]: dot products, then weights */
+    float* scores;         /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
+#if KERNEL_INTEGER
+    float* query_scales;  /* [rows] */
+    float* query_sums;    /* [rows]: of the row's numbers */
+    number* weights;      /* [rows][BLOCK_KEYS] */
+    float* factors;       /* [rows]: what the block's weighted sums are multiplied by */
+    float* far_additions; /* [rows]: what zero points that are no `number` add to them */
+#endif
     float* rescale;        /* [rows] */
     float* block_output;   /* [ROWS][padded head_dim_v] */
     float* finite_values;  /* [BLOCK_KEYS][padded head_dim_v]: the block's values with 0 for what is not finite */
@@ -564,11 +148,18 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     const int64_t head_dim = padded_channels(attention->head_dim), head_dim_v = padded_channels(attention->head_dim_v);
     take_operand(&cursor, attention->head_dim, &workspace->key);
     take_operand(&cursor, attention->head_dim_v, &workspace->value);
-    workspace->query = workspace_take_reals(&cursor, rows * head_dim);
+    workspace->query = workspace_take(&cursor, rows * head_dim, sizeof(number));
     workspace->mean_scores = workspace_take_reals(&cursor, rows);
     workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
     workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, rows * BLOCK_KEYS) : NULL;
-    workspace->weights = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
+    workspace->scores = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
+#if KERNEL_INTEGER
+    workspace->query_scales = workspace_take_reals(&cursor, rows);
+    workspace->query_sums = workspace_take_reals(&cursor, rows);
+    workspace->weights = workspace_take(&cursor, rows * BLOCK_KEYS, sizeof(number));
+    workspace->factors = workspace_take_reals(&cursor, rows);
+    workspace->far_additions = workspace_take_reals(&cursor, rows);
+#endif
     workspace->rescale = workspace_take_reals(&cursor, rows);
     workspace->block_output = workspace_take_reals(&cursor, ROWS * head_dim_v);
     workspace->finite_values = has_codes(&attention->value) ? NULL : workspace_take_reals(&cursor, BLOCK_KEYS * head_dim_v);
@@ -585,6 +176,35 @@ static size_t decode_workspace_bytes(const cpu_attention* attention) {
 
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
+#if KERNEL_INTEGER
+/* A query's numbers: its codes, if they are meant to be multiplied as they are, else its channels rounded to 16 bits. */
+static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels, decode_workspace* workspace) {
+    const cpu_tensor* query = &attention->query;
+    const row_place place = place_of_row(attention, at, row);
+    const int64_t head_dim = attention->head_dim;
+    float scale = 1;
+    bool exact = has_codes(query) && query->scale_strides[3] == 0 && !query->zero_points && !has_channel_scales(&workspace->key.tensor);
+    if (exact) {
+        int8_t scratch[CPU_MAX_HEAD_DIM];
+        const int8_t* codes = load_codes(query, at->b, place.h, place.i, head_dim, scratch);
+        for (int64_t d = 0; d < head_dim; d++) channels[d] = codes[d];
+        if (query->scales) {
+            const int64_t* strides = query->scale_strides;
+            scale = query->scales[at->b * strides[0] + place.h * strides[1] + place.i / query->scale_tokens * strides[2]];
+        }
+    } else {
+        float highest = FLT_MIN;
+        for (int64_t d = 0; d < head_dim; d++) highest = fabsf(channels[d]) > highest ? fabsf(channels[d]) : highest;
+        scale = highest / LARGEST_NUMBER;
+        for (int64_t d = 0; d < head_dim; d++) channels[d] = rintf(channels[d] / highest * LARGEST_NUMBER);
+    }
+    float sum = 0;
+    for (int64_t d = 0; d < head_dim; d++) sum += channels[d];
+    workspace->query_scales[row] = scale;
+    workspace->query_sums[row] = sum;
+}
+#endif
+
 /* Reads the queries of all rows as the keys' codes are to meet them. */
 static void load_queries(const cpu_attention* attention, const head_position* at, decode_workspace* workspace) {
     const operand* key = &workspace->key;
@@ -598,20 +218,27 @@ static void load_queries(const cpu_attention* attention, const head_position* at
     if (means) means += at->b * key->tensor.mean_strides[0] + at->kv_head * key->tensor.mean_strides[1];
     for (int64_t row = 0; row < group_rows(attention); row++) {
         const row_place place = place_of_row(attention, at, row);
-        float* numbers = workspace->row;
-        load_row_float(&query, at->b, place.h, place.i, head_dim, numbers);
+        float* channels = workspace->row;
+        load_row_float(&query, at->b, place.h, place.i, head_dim, channels);
         float mean_score = 0;
-        for (int64_t d = 0; d < head_dim && means; d++) mean_score += numbers[d] * means[d];
+        for (int64_t d = 0; d < head_dim && means; d++) mean_score += channels[d] * means[d];
         workspace->mean_scores[row] = mean_score;
-        for (int64_t d = 0; d < head_dim && scales; d++) numbers[d] *= scales[d * key->tensor.scale_strides[3]];
-        for (int64_t d = head_dim; d < padded; d++) numbers[d] = 0;
-        float* out = workspace->query + row * padded;
-        if (key->precision == CPU_INT4) {
-            for (int64_t step = 0; step < padded; step += CHANNEL_STEP) {
-                for (int64_t d = 0; d < CHANNEL_STEP; d++) out[step + d % 2 * SLICE + d / 2] = numbers[step + d];
+        for (int64_t d = 0; d < head_dim && scales; d++) channels[d] *= scales[d * key->tensor.scale_strides[3]];
+        for (int64_t d = head_dim; d < padded; d++) channels[d] = 0;
+#if KERNEL_INTEGER
+        /* Codes hide a query that is not finite. */
+        if (!rows_are_finite(channels, head_dim, 1, head_dim)) {
+            workspace->mean_scores[row] = NAN;
+            memset(channels, 0, (size_t)head_dim * sizeof(float));
+        }
+        round_query(attention, at, row, channels, workspace);
+#endif
+        number* out = workspace->query + row * padded;
+        const bool in_turn = key->precision == CPU_INT4; /* even channels of a step before the odd ones */
+        for (int64_t step = 0; step < padded; step += CHANNEL_STEP) {
+            for (int64_t d = 0; d < CHANNEL_STEP; d++) {
+                out[step + (in_turn ? d % 2 * (CHANNEL_STEP / 2) + d / 2 : d)] = (number)channels[step + d];
             }
-        } else {
-            memcpy(out, numbers, (size_t)padded * sizeof(float));
         }
     }
 }
@@ -642,6 +269,30 @@ static bool find_attended(const cpu_attention* attention, const head_position* a
     return any != 0;
 }
 
+#if KERNEL_INTEGER
+/* Rounds a row's weights to multiples of the largest one's share of LARGEST_NUMBER. */
+static void round_weights(int64_t row, decode_workspace* workspace) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+    const operand* value = &workspace->value;
+    const float* weights = workspace->scores + row * BLOCK_KEYS;
+    number* rounded = workspace->weights + row * BLOCK_KEYS;
+    const int64_t columns = value->columns;
+    float largest = 0, far_addition = 0;
+    for (int64_t k = 0; k < columns; k++) largest = weights[k] > largest ? weights[k] : largest;
+    for (int64_t k = 0; k < columns && value->has_far; k++) far_addition -= weights[k] * value->far_zero_points[k];
+    const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
+    const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
+    for (int64_t column = 0; column < columns; column += LANES) {
+        const vector shifted = vector_load(weights + column) * factor + to_integer;
+        const vector_mask bits = *(const vector_mask*)&shifted;
+        for (int lane = 0; lane < LANES; lane++) rounded[column + lane] = (number)bits[lane];
+    }
+    for (int64_t k = columns; k < round_up(columns, KEYS_IN_SUM); k++) rounded[k] = 0;
+    workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
+    workspace->far_additions[row] = far_addition;
+}
+#endif
+
 /* Turns a row's dot products with the block into scores and those into weights, and takes them into its partial result. */
 static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column,
                         decode_workspace* workspace) {
@@ -655,12 +306,18 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     const uint64_t attended = workspace->attended[row];
     const int64_t columns = workspace->key.columns;
     partial_row* partial = workspace->partial[row];
-    float* weights = workspace->weights + row * BLOCK_KEYS;
+    const float* value_scales = workspace->value.scales;
+    float* scores = workspace->scores + row * BLOCK_KEYS;
 
     vector highest = vector_of(-INFINITY);
     vector_mask infinite = (vector_mask)(real_bits)0;
     for (int64_t column = 0; column < columns; column += LANES) {
-        vector score = vector_load(weights + column) * vector_load(workspace->key.scales + column) + mean_score;
+        vector score = vector_load(scores + column);
+#if KERNEL_INTEGER
+        if (workspace->key.has_far) score -= vector_load(workspace->key.far_zero_points + column) * workspace->query_sums[row];
+        score *= workspace->query_scales[row];
+#endif
+        score = score * vector_load(workspace->key.scales + column) + mean_score;
         score *= scale;
         const vector excess = score - score; /* 0 if finite, else NaN */
         if (softcap > 0) score = softcap * vector_tanh(score / softcap);
@@ -673,7 +330,7 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
         infinite |= (excess + (score - score) != 0) & here;
         score = vector_select(here, score, vector_of(-INFINITY));
         highest = vector_max(highest, score);
-        vector_store(weights + column, score);
+        vector_store(scores + column, score);
     }
     partial->attended = true;
     if (vector_any(infinite)) partial->left_out = true;
@@ -684,14 +341,17 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     partial->highest = reference;
     vector sums = vector_of(0);
     for (int64_t column = 0; column < columns; column += LANES) {
-        const vector weight = vector_exp(vector_load(weights + column) - reference);
+        const vector weight = vector_exp(vector_load(scores + column) - reference);
         sums += weight;
-        vector_store(weights + column, weight * vector_load(workspace->value.scales + column));
+        vector_store(scores + column, weight * vector_load(value_scales + column));
     }
     float sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
     partial->sum = partial->sum * rescale + sum;
     workspace->rescale[row] = rescale;
+#if KERNEL_INTEGER
+    round_weights(row, workspace);
+#endif
 }
 
 /* Copies the block's values as FP32 with 0 for what is not finite. Returns the keys of those that were not. */
@@ -714,8 +374,12 @@ static uint64_t copy_finite_values(const operand* value, int64_t first_column, f
 /* Adds the block's weighted values to the output of rows first ..< first + rows. */
 static void add_values(int64_t first_column, int64_t first, int64_t rows, row_stream* stream, decode_workspace* workspace) {
     const operand* value = &workspace->value;
-    const float* weights = workspace->weights + first * BLOCK_KEYS;
     const int64_t padded = value->steps * CHANNEL_STEP;
+#if KERNEL_INTEGER
+    (void)first_column;
+    multiply_value_block(value, rows, workspace->weights + first * BLOCK_KEYS, workspace->block_output, stream);
+#else
+    const float* weights = workspace->scores + first * BLOCK_KEYS;
     if (!multiply_value_block(value, rows, weights, workspace->block_output, stream) && workspace->finite_values) {
         const uint64_t infinite = copy_finite_values(value, first_column, workspace->finite_values);
         for (int64_t row = first; row < first + rows; row++) {
@@ -727,12 +391,19 @@ static void add_values(int64_t first_column, int64_t first, int64_t rows, row_st
         finite.stride = padded * (int64_t)sizeof(float);
         multiply_value_block(&finite, rows, weights, workspace->block_output, stream);
     }
+#endif
     for (int64_t row = first; row < first + rows; row++) {
         if (!workspace->attended[row]) continue;
-        const float* sums = workspace->block_output + (row - first) * padded;
+        const float* block = workspace->block_output + (row - first) * padded;
         const float rescale = workspace->rescale[row];
         float* output = partial_output(workspace->partial[row]);
-        for (int64_t d = 0; d < padded; d += SLICE) slice_store(output + d, slice_load(output + d) * rescale + slice_load(sums + d));
+        for (int64_t d = 0; d < padded; d += SLICE) {
+            slice addition = slice_load(block + d);
+#if KERNEL_INTEGER
+            addition = addition * workspace->factors[row] + workspace->far_additions[row];
+#endif
+            slice_store(output + d, slice_load(output + d) * rescale + addition);
+        }
     }
 }
 
@@ -786,7 +457,8 @@ static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_
 }
 
 static bool decode_serves(const cpu_attention* attention) {
-    return attention->seq_len_q <= MOST_QUERIES && attention->dropout_p == 0;
+    if (attention->seq_len_q > MOST_QUERIES || attention->dropout_p != 0) return false;
+    return !KERNEL_INTEGER || (multiplies_codes(&attention->key) && multiplies_codes(&attention->value));
 }
 
 static int64_t decode_items(const cpu_attention* attention) {
@@ -827,10 +499,10 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
         row_stream values = stream_rows(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
         row_stream keys =
             stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
-                        divide_up(columns, STEPS_OF_VALUES) * divide_up(workspace.value.steps * 2, SLICES_AT_ONCE(minimum(rows, ROWS))));
+                        divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(workspace.value.steps * (CHANNEL_STEP / SLICE), SLICES_AT_ONCE(minimum(rows, ROWS))));
         for (int64_t row = 0; row < rows; row += ROWS) {
             multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.steps * CHANNEL_STEP,
-                               workspace.weights + row * BLOCK_KEYS, &values);
+                               workspace.scores + row * BLOCK_KEYS, &values);
         }
         for (int64_t row = 0; row < rows; row++) {
             if (workspace.attended[row]) weigh_block(attention, &at, row, column, &workspace);
