@@ -76,8 +76,12 @@ typedef struct {
     bool left_out; /* something is not finite: the FP64 kernel computes this row */
 } partial_row;
 
+INLINE int64_t padded_output(const cpu_attention* attention) {
+    return padded_channels(multiplied_precision(&attention->value), attention->head_dim_v);
+}
+
 INLINE size_t partial_bytes(const cpu_attention* attention) {
-    return CACHE_LINE + (size_t)round_up(padded_channels(attention->head_dim_v) * (int64_t)sizeof(float), CACHE_LINE);
+    return CACHE_LINE + (size_t)round_up(padded_output(attention) * (int64_t)sizeof(float), CACHE_LINE);
 }
 
 INLINE float* partial_output(partial_row* partial) {
@@ -121,17 +125,17 @@ INLINE partial_row* next_partial(const cpu_attention* attention, partial_row* pa
 
 typedef struct {
     operand key, value;
-    number* query;         /* [rows][padded head_dim] */
-    float* mean_scores;    /* [rows]: dot products with the keys' channel means */
-    uint64_t* attended;    /* [rows]: which of the block's keys are */
-    float* additions;      /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
-    float* scores;         /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
+    number* query;      /* [rows][padded head_dim] */
+    float* mean_scores; /* [rows]: dot products with the keys' channel means */
+    uint64_t* attended; /* [rows]: which of the block's keys are */
+    float* additions;   /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
+    float* scores;      /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
 #if KERNEL_INTEGER
-    float* query_scales;  /* [rows] */
-    float* query_sums;    /* [rows]: of the row's numbers */
-    number* weights;      /* [rows][BLOCK_KEYS] */
-    float* factors;       /* [rows]: what the block's weighted sums are multiplied by */
-    float* far_additions; /* [rows]: what zero points that are no `number` add to them */
+    float* query_scales; /* [rows] */
+    float* query_sums;   /* [rows]: of the row's numbers */
+    number* weights;     /* [rows][BLOCK_KEYS] */
+    float* factors;      /* [rows]: what the block's weighted sums are multiplied by */
+    float* excess;       /* [rows]: what bias and zero points add to those */
 #endif
     float* rescale;        /* [rows] */
     float* block_output;   /* [ROWS][padded head_dim_v] */
@@ -145,9 +149,9 @@ typedef struct {
 static size_t decode_layout(const cpu_attention* attention, void* memory, decode_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
     const int64_t rows = group_rows(attention);
-    const int64_t head_dim = padded_channels(attention->head_dim), head_dim_v = padded_channels(attention->head_dim_v);
-    take_operand(&cursor, attention->head_dim, &workspace->key);
-    take_operand(&cursor, attention->head_dim_v, &workspace->value);
+    const int64_t head_dim = padded_channels(attention->key.precision, attention->head_dim), head_dim_v = padded_output(attention);
+    take_operand(&cursor, &attention->key, attention->head_dim, &workspace->key);
+    take_operand(&cursor, &attention->value, attention->head_dim_v, &workspace->value);
     workspace->query = workspace_take(&cursor, rows * head_dim, sizeof(number));
     workspace->mean_scores = workspace_take_reals(&cursor, rows);
     workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
@@ -158,7 +162,7 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     workspace->query_sums = workspace_take_reals(&cursor, rows);
     workspace->weights = workspace_take(&cursor, rows * BLOCK_KEYS, sizeof(number));
     workspace->factors = workspace_take_reals(&cursor, rows);
-    workspace->far_additions = workspace_take_reals(&cursor, rows);
+    workspace->excess = workspace_take_reals(&cursor, rows);
 #endif
     workspace->rescale = workspace_take_reals(&cursor, rows);
     workspace->block_output = workspace_take_reals(&cursor, ROWS * head_dim_v);
@@ -178,7 +182,8 @@ static size_t decode_workspace_bytes(const cpu_attention* attention) {
 
 #if KERNEL_INTEGER
 /* A query's numbers: its codes, if they are meant to be multiplied as they are, else its channels rounded to 16 bits. */
-static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels, decode_workspace* workspace) {
+static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels,
+                        decode_workspace* workspace) {
     const cpu_tensor* query = &attention->query;
     const row_place place = place_of_row(attention, at, row);
     const int64_t head_dim = attention->head_dim;
@@ -209,7 +214,7 @@ static void round_query(const cpu_attention* attention, const head_position* at,
 static void load_queries(const cpu_attention* attention, const head_position* at, decode_workspace* workspace) {
     const operand* key = &workspace->key;
     const cpu_tensor query = score_operand(&attention->query);
-    const int64_t head_dim = attention->head_dim, padded = key->steps * CHANNEL_STEP;
+    const int64_t head_dim = attention->head_dim, padded = key->padded;
     const float* scales = NULL;
     if (has_channel_scales(&key->tensor)) {
         scales = key->tensor.scales + at->b * key->tensor.scale_strides[0] + at->kv_head * key->tensor.scale_strides[1];
@@ -234,10 +239,10 @@ static void load_queries(const cpu_attention* attention, const head_position* at
         round_query(attention, at, row, channels, workspace);
 #endif
         number* out = workspace->query + row * padded;
-        const bool in_turn = key->precision == CPU_INT4; /* even channels of a step before the odd ones */
-        for (int64_t step = 0; step < padded; step += CHANNEL_STEP) {
-            for (int64_t d = 0; d < CHANNEL_STEP; d++) {
-                out[step + (in_turn ? d % 2 * (CHANNEL_STEP / 2) + d / 2 : d)] = (number)channels[step + d];
+        const int64_t step = CHANNEL_STEP(key->precision), turns = KEY_TURNS(key->precision);
+        for (int64_t first = 0; first < padded; first += step) {
+            for (int64_t turn = 0; turn < turns; turn++) {
+                for (int64_t d = first + turn; d < first + step; d += turns) *out++ = (number)channels[d];
             }
         }
     }
@@ -270,26 +275,26 @@ static bool find_attended(const cpu_attention* attention, const head_position* a
 }
 
 #if KERNEL_INTEGER
-/* Rounds a row's weights to multiples of the largest one's share of LARGEST_NUMBER. */
+typedef number vector_of_numbers __attribute__((ext_vector_type(LANES)));
+
+/* Rounds a row's weights to multiples of their largest one's share of LARGEST_NUMBER. */
 static void round_weights(int64_t row, decode_workspace* workspace) {
     const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
     const operand* value = &workspace->value;
     const float* weights = workspace->scores + row * BLOCK_KEYS;
-    number* rounded = workspace->weights + row * BLOCK_KEYS;
-    const int64_t columns = value->columns;
-    float largest = 0, far_addition = 0;
-    for (int64_t k = 0; k < columns; k++) largest = weights[k] > largest ? weights[k] : largest;
-    for (int64_t k = 0; k < columns && value->has_far; k++) far_addition -= weights[k] * value->far_zero_points[k];
+    vector highest = vector_of(0), excess = vector_of(0);
+    for (int64_t column = 0; column < value->columns; column += LANES) highest = vector_max(highest, vector_load(weights + column));
+    const float largest = highest_of_lanes(highest);
     const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
     const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
-    for (int64_t column = 0; column < columns; column += LANES) {
+    for (int64_t column = 0; column < value->columns; column += LANES) {
         const vector shifted = vector_load(weights + column) * factor + to_integer;
-        const vector_mask bits = *(const vector_mask*)&shifted;
-        for (int lane = 0; lane < LANES; lane++) rounded[column + lane] = (number)bits[lane];
+        const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
+        memcpy(workspace->weights + row * BLOCK_KEYS + column, &rounded, sizeof rounded);
+        excess += (shifted - to_integer) * vector_load(value->zero_points + column);
     }
-    for (int64_t k = columns; k < round_up(columns, KEYS_IN_SUM); k++) rounded[k] = 0;
     workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
-    workspace->far_additions[row] = far_addition;
+    workspace->excess[row] = sum_of_lanes(excess);
 }
 #endif
 
@@ -314,8 +319,7 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     for (int64_t column = 0; column < columns; column += LANES) {
         vector score = vector_load(scores + column);
 #if KERNEL_INTEGER
-        if (workspace->key.has_far) score -= vector_load(workspace->key.far_zero_points + column) * workspace->query_sums[row];
-        score *= workspace->query_scales[row];
+        score = (score - vector_load(workspace->key.zero_points + column) * workspace->query_sums[row]) * workspace->query_scales[row];
 #endif
         score = score * vector_load(workspace->key.scales + column) + mean_score;
         score *= scale;
@@ -335,19 +339,20 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     partial->attended = true;
     if (vector_any(infinite)) partial->left_out = true;
 
-    float reference = partial->highest;
-    for (int lane = 0; lane < LANES; lane++) reference = highest[lane] > reference ? highest[lane] : reference;
-    const float rescale = real_exp(partial->highest - reference);
-    partial->highest = reference;
+    const float block_highest = highest_of_lanes(highest);
+    float rescale = 1;
+    if (!(block_highest <= partial->highest)) {
+        rescale = real_exp(partial->highest - block_highest);
+        partial->highest = block_highest;
+    }
+    const float reference = partial->highest;
     vector sums = vector_of(0);
     for (int64_t column = 0; column < columns; column += LANES) {
         const vector weight = vector_exp(vector_load(scores + column) - reference);
         sums += weight;
         vector_store(scores + column, weight * vector_load(value_scales + column));
     }
-    float sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-    partial->sum = partial->sum * rescale + sum;
+    partial->sum = partial->sum * rescale + sum_of_lanes(sums);
     workspace->rescale[row] = rescale;
 #if KERNEL_INTEGER
     round_weights(row, workspace);
@@ -356,7 +361,7 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
 
 /* Copies the block's values as FP32 with 0 for what is not finite. Returns the keys of those that were not. */
 static uint64_t copy_finite_values(const operand* value, int64_t first_column, float* finite) {
-    const int64_t padded = value->steps * CHANNEL_STEP;
+    const int64_t padded = value->padded;
     uint64_t infinite = 0;
     for (int64_t k = 0; k < value->columns; k++) {
         float* row = finite + k * padded;
@@ -374,7 +379,7 @@ static uint64_t copy_finite_values(const operand* value, int64_t first_column, f
 /* Adds the block's weighted values to the output of rows first ..< first + rows. */
 static void add_values(int64_t first_column, int64_t first, int64_t rows, row_stream* stream, decode_workspace* workspace) {
     const operand* value = &workspace->value;
-    const int64_t padded = value->steps * CHANNEL_STEP;
+    const int64_t padded = value->padded;
 #if KERNEL_INTEGER
     (void)first_column;
     multiply_value_block(value, rows, workspace->weights + first * BLOCK_KEYS, workspace->block_output, stream);
@@ -400,7 +405,7 @@ static void add_values(int64_t first_column, int64_t first, int64_t rows, row_st
         for (int64_t d = 0; d < padded; d += SLICE) {
             slice addition = slice_load(block + d);
 #if KERNEL_INTEGER
-            addition = addition * workspace->factors[row] + workspace->far_additions[row];
+            addition = (addition - workspace->excess[row]) * workspace->factors[row];
 #endif
             slice_store(output + d, slice_load(output + d) * rescale + addition);
         }
@@ -412,7 +417,9 @@ static void add_values(int64_t first_column, int64_t first, int64_t rows, row_st
 /* Joins the parts of row i of head h and stores it. */
 static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_t h, int64_t i, partial_row* first, int64_t parts,
                                decode_workspace* workspace) {
-    const int64_t channels = attention->head_dim_v, padded = padded_channels(channels);
+    const cpu_tensor* value = &attention->value;
+    const cpu_precision precision = multiplied_precision(value);
+    const int64_t channels = attention->head_dim_v, padded = padded_output(attention);
     real highest = -INFINITY, sum = 0;
     real_bits attended = 0, is_nan = 0;
     bool left_out = false;
@@ -423,29 +430,32 @@ static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_
         left_out |= partial->left_out;
         highest = partial->highest > highest ? partial->highest : highest;
     }
-    float* output = workspace->row;
-    memset(output, 0, (size_t)padded * sizeof(float));
+    float* sums = workspace->block_output;
+    memset(sums, 0, (size_t)padded * sizeof(float));
     for (int64_t part = 0; part < parts; part++) {
         partial_row* partial = next_partial(attention, first, part);
         if (!partial->attended) continue;
         const float factor = real_exp(partial->highest - highest);
         const float* addition = partial_output(partial);
         sum += partial->sum * factor;
-        for (int64_t d = 0; d < padded; d += SLICE) slice_store(output + d, slice_load(addition + d) * factor + slice_load(output + d));
+        for (int64_t d = 0; d < padded; d += SLICE) slice_store(sums + d, slice_load(addition + d) * factor + slice_load(sums + d));
     }
 
     const row_statistics statistics = {.highest = &highest, .sum = &sum, .attended = &attended, .is_nan = &is_nan};
-    const cpu_tensor* value = &attention->value;
     const float* scales = NULL;
     if (has_channel_scales(value)) {
         scales = value->scales + b * value->scale_strides[0] + h / group_heads(attention) * value->scale_strides[1];
     }
+    float* output = workspace->row; /* of whole steps */
     real logsumexp;
     const real factor = finish_row(attention, h, &statistics, 0, &logsumexp);
-    for (int64_t d = 0; d < channels; d++) {
-        output[d] = attended ? output[d] * factor : 0;
-        if (scales) output[d] *= scales[d * value->scale_strides[3]];
+    const int64_t step = CHANNEL_STEP(precision), turns = VALUE_TURNS(precision);
+    for (int64_t start = 0; start < padded; start += step) {
+        for (int64_t turn = 0; turn < turns; turn++) {
+            for (int64_t d = start + turn; d < start + step; d += turns) output[d] = attended ? *sums++ * factor : 0;
+        }
     }
+    for (int64_t d = 0; d < channels && scales; d++) output[d] *= scales[d * value->scale_strides[3]];
     store_row(&attention->output, b, h, i, channels, output);
     const int64_t index = (b * attention->num_heads + h) * attention->seq_len_q + i;
     if (attention->logsumexp) set_statistic(attention, attention->logsumexp, index, logsumexp);
@@ -469,7 +479,7 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
     decode_workspace workspace;
     decode_layout(attention, memory, &workspace);
     const int64_t parts = part_count(attention), part = item % parts, head = item / parts;
-    const int64_t rows = group_rows(attention), padded_v = padded_channels(attention->head_dim_v);
+    const int64_t rows = group_rows(attention), padded_v = padded_output(attention);
     const head_position at =
         locate_head(attention, head / attention->num_kv_heads, head % attention->num_kv_heads * group_heads(attention));
     for (int64_t row = 0; row < rows; row++) {
@@ -497,11 +507,11 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
         place_block(&workspace.key, column, columns);
         place_block(&workspace.value, column, columns);
         row_stream values = stream_rows(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
-        row_stream keys =
-            stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
-                        divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(workspace.value.steps * (CHANNEL_STEP / SLICE), SLICES_AT_ONCE(minimum(rows, ROWS))));
+        row_stream keys = stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
+                                      divide_up(columns, KEYS_BETWEEN_FETCHES) *
+                                          divide_up(workspace.value.padded / SLICE, SLICES_AT_ONCE(minimum(rows, ROWS))));
         for (int64_t row = 0; row < rows; row += ROWS) {
-            multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.steps * CHANNEL_STEP,
+            multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.padded,
                                workspace.scores + row * BLOCK_KEYS, &values);
         }
         for (int64_t row = 0; row < rows; row++) {

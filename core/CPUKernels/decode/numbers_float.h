@@ -5,10 +5,16 @@ typedef float number;
 typedef slice numbers; /* what one instruction multiplies */
 typedef slice accumulator;
 
-enum {
-    CHANNEL_STEP = 2 * SLICE, /* channels that loops go through at once: a byte of INT4 holds two */
-    KEYS_IN_SUM = 1,          /* keys whose values one instruction adds up */
-};
+enum { KEYS_IN_SUM = 1 }; /* keys whose values one instruction adds up */
+
+/* Channels that loops go through at once. */
+#define CHANNEL_STEP(precision) ((void)(precision), 2 * SLICE)
+/* In how many turns the numbers of a step are taken, where they are not taken one behind the other: turn `n` has the channels n, n + turns,
+ * n + 2 * turns ... A byte of INT4 holds two. */
+#define KEY_TURNS(precision) ((precision) == CPU_INT4 ? 2 : 1)
+#define VALUE_TURNS(precision) KEY_TURNS(precision)
+/* What is added to codes. */
+#define CODE_BIAS(precision) ((void)(precision), 0)
 
 typedef uint32_t word_slice __attribute__((ext_vector_type(SLICE)));
 typedef _Float16 __attribute__((ext_vector_type(SLICE), aligned(1), may_alias)) half_slice_in_memory;
@@ -16,10 +22,6 @@ typedef uint16_t __attribute__((ext_vector_type(SLICE), aligned(1), may_alias)) 
 
 INLINE numbers numbers_load(const number* address) {
     return slice_load(address);
-}
-
-INLINE numbers numbers_of(number value) {
-    return slice_of(value);
 }
 
 /* One number for each of KEYS_IN_SUM keys, in all lanes. */
@@ -35,9 +37,9 @@ INLINE slice slice_of_sums(accumulator values) {
     return values;
 }
 
-/* Half 0 or 1 of CHANNEL_STEP channels: their numbers, or their codes less the zero point (where `shifted`). Of INT4, half 0 holds the even
- * channels and half 1 the odd ones. */
-INLINE numbers load_numbers(const cpu_precision precision, const bool shifted, const char* step, const int half, numbers zero_point) {
+/* Half 0 or 1 of a step: its numbers, or its codes less the zero point (where `shifted`). Of INT4, half 0 holds the even channels and half 1
+ * the odd ones. */
+INLINE numbers load_key(const cpu_precision precision, const bool shifted, const char* step, const int half, slice zero_point) {
     slice value;
     switch (precision) {
     case CPU_FP16: return __builtin_convertvector(*(const half_slice_in_memory*)(step + half * SLICE * 2), slice);
@@ -60,7 +62,7 @@ INLINE numbers load_numbers(const cpu_precision precision, const bool shifted, c
 
 /* The same for values of KEYS_IN_SUM keys. */
 INLINE numbers load_values(const cpu_precision precision, const bool shifted, const char* step, const char* next, const int half,
-                           numbers zero_point) {
+                           slice zero_point) {
     (void)next;
-    return load_numbers(precision, shifted, step, half, zero_point);
+    return load_key(precision, shifted, step, half, zero_point);
 }

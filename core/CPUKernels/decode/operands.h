@@ -1,5 +1,4 @@
-/* Keys and values as decode kernels read them: blocks of rows, in place where they can be.
- * */
+/* Keys and values as decode kernels read them: blocks of rows, in place where they can be. */
 
 /* Bytes of `channels` channels. */
 INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
@@ -10,22 +9,20 @@ INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
 typedef struct {
     cpu_tensor tensor;
     int64_t b, head, channels;
-    int64_t steps;           /* of CHANNEL_STEP channels, the last one padded */
     cpu_precision precision; /* of the rows as they are multiplied */
-    bool dequantized;        /* copied as real numbers: no scale nor zero point is left to apply */
-    bool in_place;           /* not copied */
-    bool shifted;            /* there are zero points */
-    char* copies;            /* workspace: BLOCK_KEYS rows, in FP32 at most */
+    int64_t padded;          /* channels of whole steps */
+    int64_t steps;
+    bool dequantized; /* copied as real numbers: no scale nor zero point is left to apply */
+    bool in_place;    /* not copied */
+    bool shifted;     /* rows have zero points */
+    bool scaled;      /* rows have scales */
+    char* copies;     /* workspace: BLOCK_KEYS rows, in FP32 at most */
 
     int64_t columns; /* of the block */
     const char* rows;
     int64_t stride;     /* bytes from row to row */
-    float* scales;       /* [BLOCK_KEYS]; 1 where there are none */
-    number* zero_points; /* [BLOCK_KEYS]; what is subtracted from the codes */
-#if KERNEL_INTEGER
-    float* far_zero_points; /* [BLOCK_KEYS]; the zero points that are no `number`, else 0 */
-    bool has_far;           /* there is one */
-#endif
+    float* scales;      /* [BLOCK_KEYS]; 1 where there are none */
+    float* zero_points; /* [BLOCK_KEYS]; with the codes' bias; 0 where there are none */
 } operand;
 
 INLINE bool has_codes(const cpu_tensor* tensor) {
@@ -43,21 +40,20 @@ INLINE bool multiplies_codes(const cpu_tensor* tensor) {
     return has_codes(tensor) && (tensor->scale_strides[3] == 0 || !(tensor->scales || tensor->zero_points) || has_channel_scales(tensor));
 }
 
-INLINE int64_t channel_steps(int64_t channels) {
-    return divide_up(channels, CHANNEL_STEP);
+/* In what precision rows are multiplied. */
+INLINE cpu_precision multiplied_precision(const cpu_tensor* tensor) {
+    return has_codes(tensor) && !multiplies_codes(tensor) ? CPU_FP32 : tensor->precision;
 }
 
-INLINE int64_t padded_channels(int64_t channels) {
-    return channel_steps(channels) * CHANNEL_STEP;
+/* Channels of whole steps. */
+INLINE int64_t padded_channels(cpu_precision precision, int64_t channels) {
+    return round_up(channels, CHANNEL_STEP(precision));
 }
 
-static void take_operand(workspace_cursor* cursor, int64_t channels, operand* operand) {
-    operand->copies = workspace_take(cursor, BLOCK_KEYS * padded_channels(channels), sizeof(float));
+static void take_operand(workspace_cursor* cursor, const cpu_tensor* tensor, int64_t channels, operand* operand) {
+    operand->copies = workspace_take(cursor, BLOCK_KEYS * padded_channels(tensor->precision, channels), sizeof(float));
     operand->scales = workspace_take_reals(cursor, BLOCK_KEYS);
-    operand->zero_points = workspace_take(cursor, BLOCK_KEYS, sizeof(number));
-#if KERNEL_INTEGER
-    operand->far_zero_points = workspace_take_reals(cursor, BLOCK_KEYS);
-#endif
+    operand->zero_points = workspace_take_reals(cursor, BLOCK_KEYS);
 }
 
 static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int64_t channels, operand* operand) {
@@ -65,15 +61,18 @@ static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int
     operand->b = b;
     operand->head = head;
     operand->channels = channels;
-    operand->steps = channel_steps(channels);
-    operand->dequantized = has_codes(tensor) && !multiplies_codes(tensor);
-    operand->precision = operand->dequantized ? CPU_FP32 : tensor->precision;
-    operand->in_place = !operand->dequantized && tensor->strides[3] == 1 && channels % CHANNEL_STEP == 0;
-    operand->shifted = !operand->dequantized && has_codes(tensor) && tensor->zero_points;
-    memset(operand->zero_points, 0, BLOCK_KEYS * sizeof(number));
-#if KERNEL_INTEGER
-    operand->has_far = false;
-#endif
+    operand->precision = multiplied_precision(tensor);
+    operand->padded = padded_channels(operand->precision, channels);
+    operand->steps = operand->padded / CHANNEL_STEP(operand->precision);
+    operand->dequantized = operand->precision != tensor->precision;
+    operand->in_place = !operand->dequantized && tensor->strides[3] == 1 && channels == operand->padded;
+    const bool has_row_scales = has_codes(tensor) && !operand->dequantized && !has_channel_scales(tensor);
+    operand->scaled = has_row_scales && tensor->scales;
+    operand->shifted = has_row_scales && tensor->zero_points;
+    for (int64_t k = 0; k < BLOCK_KEYS; k++) {
+        operand->scales[k] = 1;
+        operand->zero_points[k] = CODE_BIAS(operand->precision);
+    }
 }
 
 /* Row `s` of the tensor as its own elements, neighbours, padded with zeros. */
@@ -81,7 +80,7 @@ static void copy_row(const operand* operand, int64_t s, char* copy) {
     const cpu_tensor* tensor = &operand->tensor;
     const int64_t channels = operand->channels, stride = tensor->strides[3];
     const int64_t offset = row_offset(tensor, operand->b, operand->head, s);
-    const int64_t bytes = row_bytes(operand->precision, operand->steps * CHANNEL_STEP);
+    const int64_t bytes = row_bytes(operand->precision, operand->padded);
     memset(copy, 0, (size_t)bytes);
     if (operand->dequantized) {
         load_row_float(tensor, operand->b, operand->head, s, channels, (float*)copy);
@@ -101,30 +100,18 @@ static void copy_row(const operand* operand, int64_t s, char* copy) {
     }
 }
 
-/* The index of a row's scale and zero point, where all its channels share them. */
-INLINE int64_t row_scale_index(const operand* operand, int64_t s) {
-    const cpu_tensor* tensor = &operand->tensor;
-    const int64_t* strides = tensor->scale_strides;
-    const int64_t first = operand->b * strides[0] + operand->head * strides[1];
-    if (strides[2] == 0) return first;
-    return first + (tensor->scale_tokens == 1 ? s : s / tensor->scale_tokens) * strides[2];
-}
-
-static void load_zero_points(operand* operand, int64_t first) {
-    const int32_t* zero_points = operand->tensor.zero_points;
-#if KERNEL_INTEGER
-    operand->has_far = false;
-    for (int64_t k = 0; k < operand->columns; k++) {
-        const int32_t zero_point = zero_points[row_scale_index(operand, first + k)];
-        const bool near = zero_point >= -LARGEST_ZERO_POINT && zero_point <= LARGEST_ZERO_POINT;
-        operand->zero_points[k] = near ? (number)zero_point : 0;
-        operand->far_zero_points[k] = near ? 0 : (float)zero_point;
-        operand->has_far |= !near;
-    }
-#else
-    for (int64_t k = 0; k < operand->columns; k++) operand->zero_points[k] = (float)zero_points[row_scale_index(operand, first + k)];
-#endif
-}
+/* Numbers that rows first ..< first + columns have, one each, where all channels of a row share it. */
+#define LOAD_OF_ROWS(out, array)                                                                                   \
+    do {                                                                                                           \
+        const int64_t* strides = tensor->scale_strides;                                                            \
+        const int64_t stride = strides[2], tokens = stride == 0 ? 1 : tensor->scale_tokens;                        \
+        const int64_t base = operand->b * strides[0] + operand->head * strides[1];                                 \
+        if (tokens == 1 && stride == 1) {                                                                          \
+            for (int64_t k = 0; k < columns; k++) (out)[k] = (float)(array)[base + first + k];                     \
+        } else {                                                                                                   \
+            for (int64_t k = 0; k < columns; k++) (out)[k] = (float)(array)[base + (first + k) / tokens * stride]; \
+        }                                                                                                          \
+    } while (0)
 
 /* Makes rows first ..< first + columns the block at hand. */
 static void place_block(operand* operand, int64_t first, int64_t columns) {
@@ -137,12 +124,14 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
         operand->stride = tensor->precision == CPU_INT4 ? tensor->strides[2] / 2 : tensor->strides[2] * element_bytes(tensor->precision);
     } else {
         operand->rows = operand->copies;
-        operand->stride = row_bytes(operand->precision, operand->steps * CHANNEL_STEP);
+        operand->stride = row_bytes(operand->precision, operand->padded);
         for (int64_t k = 0; k < columns; k++) copy_row(operand, first + k, operand->copies + k * operand->stride);
     }
-    const bool scaled = has_codes(tensor) && !operand->dequantized && tensor->scales && !has_channel_scales(tensor);
-    for (int64_t k = 0; k < columns; k++) operand->scales[k] = scaled ? tensor->scales[row_scale_index(operand, first + k)] : 1;
-    if (operand->shifted) load_zero_points(operand, first);
+    if (operand->scaled) LOAD_OF_ROWS(operand->scales, tensor->scales);
+    if (operand->shifted) {
+        LOAD_OF_ROWS(operand->zero_points, tensor->zero_points);
+        for (int64_t k = 0; k < columns; k++) operand->zero_points[k] += CODE_BIAS(operand->precision);
+    }
 }
 
 /* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. */

@@ -3,40 +3,32 @@
 
 /* Calls body(precision, shifted) with both as constants; without codes nothing is shifted. */
 #if KERNEL_INTEGER
-#define WITH_PRECISION(precision, shifted, body)                \
-    if ((precision) == CPU_INT8) {                              \
-        if (shifted) {                                          \
-            body(CPU_INT8, true);                               \
-        } else {                                                \
-            body(CPU_INT8, false);                              \
-        }                                                       \
-    } else {                                                    \
-        if (shifted) {                                          \
-            body(CPU_INT4, true);                               \
-        } else {                                                \
-            body(CPU_INT4, false);                              \
-        }                                                       \
+#define WITH_PRECISION(precision, shifted, body) \
+    if ((precision) == CPU_INT8) {               \
+        body(CPU_INT8, false);                   \
+    } else {                                     \
+        body(CPU_INT4, false);                   \
     }
 #else
-#define WITH_PRECISION(precision, shifted, body)                \
-    switch (precision) {                                        \
-    case CPU_FP16: body(CPU_FP16, false); break;                \
-    case CPU_BF16: body(CPU_BF16, false); break;                \
-    case CPU_INT8:                                              \
-        if (shifted) {                                          \
-            body(CPU_INT8, true);                               \
-        } else {                                                \
-            body(CPU_INT8, false);                              \
-        }                                                       \
-        break;                                                  \
-    case CPU_INT4:                                              \
-        if (shifted) {                                          \
-            body(CPU_INT4, true);                               \
-        } else {                                                \
-            body(CPU_INT4, false);                              \
-        }                                                       \
-        break;                                                  \
-    default: body(CPU_FP32, false); break;                      \
+#define WITH_PRECISION(precision, shifted, body) \
+    switch (precision) {                         \
+    case CPU_FP16: body(CPU_FP16, false); break; \
+    case CPU_BF16: body(CPU_BF16, false); break; \
+    case CPU_INT8:                               \
+        if (shifted) {                           \
+            body(CPU_INT8, true);                \
+        } else {                                 \
+            body(CPU_INT8, false);               \
+        }                                        \
+        break;                                   \
+    case CPU_INT4:                               \
+        if (shifted) {                           \
+            body(CPU_INT4, true);                \
+        } else {                                 \
+            body(CPU_INT4, false);               \
+        }                                        \
+        break;                                   \
+    default: body(CPU_FP32, false); break;       \
     }
 #endif
 
@@ -51,31 +43,32 @@ enum { MOST_KEYS_AT_ONCE = KEYS_AT_ONCE(1), MOST_SUMS = KEYS_AT_ONCE(ROWS) * ROW
 INLINE void multiply_keys(const cpu_precision precision, const bool shifted, const int rows, const operand* key, const number* query,
                           float* scores, row_stream* stream) {
     const int keys = KEYS_AT_ONCE(rows);
-    const int64_t query_stride = key->steps * CHANNEL_STEP;
+    const int64_t step_bytes = row_bytes(precision, CHANNEL_STEP(precision));
+    const int lanes = (int)(sizeof(numbers) / sizeof(number)), turns = CHANNEL_STEP(precision) / lanes;
     for (int64_t column = 0; column < key->columns; column += keys) {
         const char* at[MOST_KEYS_AT_ONCE];
-        numbers zero_points[MOST_KEYS_AT_ONCE];
+        slice zero_points[MOST_KEYS_AT_ONCE];
         accumulator totals[MOST_SUMS];
         fetch_lines(stream);
 #pragma clang loop unroll(full)
         for (int k = 0; k < keys; k++) {
             const int64_t here = minimum(column + k, key->columns - 1); /* behind the block's end: the last one again */
             at[k] = key->rows + here * key->stride;
-            zero_points[k] = numbers_of(key->zero_points[here]);
+            zero_points[k] = slice_of(key->zero_points[here]);
         }
 #pragma clang loop unroll(full)
         for (int n = 0; n < MOST_SUMS; n++) totals[n] = (accumulator){0};
         for (int64_t step = 0; step < key->steps; step++) {
 #pragma clang loop unroll(full)
-            for (int half = 0; half < 2; half++) {
+            for (int turn = 0; turn < turns; turn++) {
                 numbers multiplied[MOST_KEYS_AT_ONCE];
 #pragma clang loop unroll(full)
                 for (int k = 0; k < keys; k++) {
-                    multiplied[k] = load_numbers(precision, shifted, at[k] + step * row_bytes(precision, CHANNEL_STEP), half, zero_points[k]);
+                    multiplied[k] = load_key(precision, shifted, at[k] + step * step_bytes, turn, zero_points[k]);
                 }
 #pragma clang loop unroll(full)
                 for (int row = 0; row < rows; row++) {
-                    const numbers factor = numbers_load(query + row * query_stride + step * CHANNEL_STEP + half * (CHANNEL_STEP / 2));
+                    const numbers factor = numbers_load(query + row * key->padded + (step * turns + turn) * lanes);
 #pragma clang loop unroll(full)
                     for (int k = 0; k < keys; k++) {
                         totals[row * keys + k] = add_products(totals[row * keys + k], factor, multiplied[k]);
@@ -98,12 +91,15 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
     }
 }
 
-/* The weighted sum of some slices of the block's values, from pair `pair` of slices on, for `rows` rows: output[row][channel]. Returns 0 if
+/* Slices of values in a step. */
+#define VALUE_SLICES(precision) (CHANNEL_STEP(precision) / SLICE)
+
+/* The weighted sum of some slices of the block's values for `rows` rows, from slice `first` of a step on: output[row][slice]. Returns 0 if
  * all of it is finite, else NaN in some lane. */
-INLINE slice multiply_values(const cpu_precision precision, const bool shifted, const int rows, const int slices, const operand* value,
-                             int64_t pair, const number* weights, float* output, row_stream* stream) {
-    const int64_t pair_bytes = row_bytes(precision, 2 * SLICE);
-    const char* values = value->rows + pair * pair_bytes;
+INLINE slice multiply_values(const cpu_precision precision, const bool shifted, const int rows, const int first, const int slices,
+                             const operand* value, int64_t step, const number* weights, float* output, row_stream* stream) {
+    const int64_t step_bytes = row_bytes(precision, CHANNEL_STEP(precision));
+    const char* values = value->rows + step * step_bytes;
     accumulator totals[ROWS][4];
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) {
@@ -116,11 +112,13 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
         for (int64_t k = column; k < end; k += KEYS_IN_SUM) {
             const char* at = values + k * value->stride;
             const char* next = k + 1 < value->columns ? at + value->stride : at; /* a lone key beside itself has a weight of 0 */
-            const numbers zero_points = numbers_of_keys(value->zero_points + k);
+            const slice zero_point = slice_of(value->zero_points[k]);
             numbers channels[4];
 #pragma clang loop unroll(full)
             for (int n = 0; n < slices; n++) {
-                channels[n] = load_values(precision, shifted, at + n / 2 * pair_bytes, next + n / 2 * pair_bytes, n % 2, zero_points);
+                const int64_t bytes = (first + n) / VALUE_SLICES(precision) * step_bytes;
+                const int turn = (first + n) % VALUE_SLICES(precision);
+                channels[n] = load_values(precision, shifted, at + bytes, next + bytes, turn, zero_point);
             }
 #pragma clang loop unroll(full)
             for (int row = 0; row < rows; row++) {
@@ -133,16 +131,10 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
     slice excess = slice_of(0); /* x - x is 0 for a finite x, else NaN */
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) {
-        slice results[4];
-#pragma clang loop unroll(full)
         for (int n = 0; n < slices; n++) {
-            results[n] = slice_of_sums(totals[row][n]);
-            excess += results[n] - results[n];
-        }
-#pragma clang loop unroll(full)
-        for (int n = 0; n < slices; n++) {
-            if (precision == CPU_INT4 && n % 2 == 0) interleave_slices(&results[n], &results[n + 1]);
-            slice_store(output + row * value->steps * CHANNEL_STEP + (pair * 2 + n) * SLICE, results[n]);
+            const slice result = slice_of_sums(totals[row][n]);
+            excess += result - result;
+            slice_store(output + row * value->padded + (step * VALUE_SLICES(precision) + first + n) * SLICE, result);
         }
     }
     return excess;
@@ -163,14 +155,18 @@ static void multiply_key_block(const operand* key, int64_t rows, const number* q
 /* All slices for `rows` rows. */
 INLINE bool multiply_all_values(const cpu_precision precision, const bool shifted, const int rows, const operand* value,
                                 const number* weights, float* output, row_stream* stream) {
-    const int at_once = SLICES_AT_ONCE(rows) / 2;
-    const int64_t pairs = value->steps * (CHANNEL_STEP / (2 * SLICE));
+    const int at_once = SLICES_AT_ONCE(rows), of_step = VALUE_SLICES(precision), together = at_once > of_step ? at_once / of_step : 1;
     slice excess = slice_of(0);
-    int64_t pair = 0;
-    for (; pair + at_once <= pairs; pair += at_once) {
-        excess += multiply_values(precision, shifted, rows, at_once * 2, value, pair, weights, output, stream);
+    int64_t step = 0;
+    for (; step + together <= value->steps; step += together) {
+#pragma clang loop unroll(full)
+        for (int first = 0; first < together * of_step; first += at_once) {
+            excess += multiply_values(precision, shifted, rows, first, at_once, value, step, weights, output, stream);
+        }
     }
-    for (; pair < pairs; pair++) excess += multiply_values(precision, shifted, rows, 2, value, pair, weights, output, stream);
+    for (; together > 1 && step < value->steps; step++) {
+        excess += multiply_values(precision, shifted, rows, 0, of_step < at_once ? of_step : at_once, value, step, weights, output, stream);
+    }
     float sum = 0;
     for (int lane = 0; lane < SLICE; lane++) sum += excess[lane];
     return sum == 0;

@@ -1,5 +1,4 @@
-/* A slice: the floats of one register, and what decode kernels do with it.
- * */
+/* A slice: the floats of one register, and what decode kernels do with it; and the lanes of a vector taken together. */
 
 enum { SLICE = KERNEL_SLICE };
 
@@ -76,17 +75,17 @@ INLINE slice add_lanes(const slice slices[SLICE]) {
 #endif
 }
 
-/* Slices of even and odd channels as those of neighbouring channels. */
-INLINE void interleave_slices(slice* even, slice* odd) {
-    const slice a = *even, b = *odd;
-#if KERNEL_SLICE == 4
-    *even = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    *odd = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-#elif KERNEL_SLICE == 8
-    *even = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-    *odd = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
-#else
-    *even = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    *odd = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#endif
+/* The sum of a vector's lanes, by a tree. */
+INLINE float sum_of_lanes(vector values) {
+    vector sum = values + __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+/* The highest of a vector's lanes. */
+INLINE float highest_of_lanes(vector values) {
+    vector highest = vector_max(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    highest = vector_max(highest, __builtin_shufflevector(highest, highest, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+    highest = vector_max(highest, __builtin_shufflevector(highest, highest, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+    return highest[1] > highest[0] ? highest[1] : highest[0];
 }

@@ -148,10 +148,13 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #endif
 
-/* Kernels for few query rows over many keys: forward in FP32 on operands of any type. */
+/* Kernels for few query rows over many keys, forward: float in FP32 on operands of any type, int8 in integers on INT8 and INT4 keys and
+ * values. */
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_decode_float_avx2;
 extern const cpu_attention_kernel attention_decode_float_avx512;
+extern const cpu_attention_kernel attention_decode_int8_avx2;
+extern const cpu_attention_kernel attention_decode_int8_avx512;
 #elif defined(__aarch64__)
 extern const cpu_attention_kernel attention_decode_float_neon;
 #endif
