@@ -4,10 +4,13 @@
  * LANES query rows. Column tiles begin at multiples of TILE_COLUMNS whatever the limits are: a row's sums are then the same with and
  * without padding behind kv_lengths, whichever tiles are skipped. */
 
+#ifndef KERNEL_TILE_ROWS
+#define KERNEL_TILE_ROWS 64
+#endif
 #ifndef KERNEL_TILE_COLUMNS
 #define KERNEL_TILE_COLUMNS 64
 #endif
-enum { TILE_ROWS = 64, TILE_COLUMNS = KERNEL_TILE_COLUMNS };
+enum { TILE_ROWS = KERNEL_TILE_ROWS, TILE_COLUMNS = KERNEL_TILE_COLUMNS };
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
@@ -138,6 +141,15 @@ static column_range columns_of_rows(const cpu_attention* attention, const head_p
 /* Rows of a tensor as reals, [rows][channels]. */
 static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
                       int64_t row_stride) {
+#if !KERNEL_FP64
+    if (tensor->precision == CPU_FP32 && tensor->strides[3] == 1) { /* the most frequent rows, and the shortest work */
+        for (int64_t row = 0; row < rows; row++) {
+            const float_in_memory* source = (const float_in_memory*)tensor->data + row_offset(tensor, b, h, first_row + row);
+            for (int64_t channel = 0; channel < channels; channel++) tile[row * row_stride + channel] = source[channel];
+        }
+        return;
+    }
+#endif
     for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
 }
 
