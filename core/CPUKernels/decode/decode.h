@@ -1,9 +1,10 @@
 /* Forward attention for few query rows over many keys, as when decoding with a cache: every key and value is read once, where it lies, for
- * all query heads that share it. This file is a template; the attention_decode_float_*.c files beside it instantiate it with
+ * all query heads that share it. This file is a template; the attention_decode_*.c files beside it instantiate it with
  *
  *   KERNEL_SUFFIX       the end of the kernel's name, such as float_avx2
  *   KERNEL_WIDE_SUFFIX  the FP64 kernels that compute rows which overflow FP32 arithmetic
  *   KERNEL_TARGET       the instruction set as a target attribute string, or undefined for the architecture's baseline
+ *   KERNEL_INTEGER      0: products of FP32 numbers (numbers_float.h).  1: of integers (numbers_int8.h), for INT8 and INT4 keys and values
  *   KERNEL_SLICE        floats in a register
  *   KERNEL_REGISTERS    how many of them there are
  *
@@ -11,21 +12,25 @@
  * dot products of all its query rows with a block's keys (lanes are channels), their softmax (lanes are keys), the weighted sum of the
  * block's values (lanes are channels). What the items leave in shared memory is joined, part by part in their order, when all are done.
  *
- * FP16, BF16, INT8 and INT4 become FP32 in registers, without their scales: those of rows multiply scores and weights, those of channels
- * the queries and the output. Zero points are subtracted from the codes, so that nothing cancels. Rows with other schemes, and those whose
- * channels are no neighbours or do not fill whole registers, are copied block by block.
+ * Elements become numbers in registers, without their scales: those of rows multiply scores and weights, those of channels the queries and
+ * the output. FP32 numbers are less their zero points, so that nothing cancels. Rows with other schemes (FP32 only), and those whose channels
+ * are no neighbours or do not fill whole steps, are copied block by block.
  *
- * Numerical contract: arithmetic is FP32. The sum over the channels runs in KERNEL_SLICE partial sums that a tree adds up, the one over
- * the keys in order within a block, then over blocks and parts in order; blocks and parts begin at multiples of their size whatever the
- * limits are. A row's bits depend neither on threads nor on other rows, heads or batches, nor on strides. Scores are selected, not added.
- * Values that are not finite show in the sum of their block, which is then computed anew without them. A row that attends one, or a score
- * that is not finite, and one whose result is not, is left to the FP64 reference kernel. */
+ * Numerical contract: scores, softmax and output are FP32; integers are rounded as numbers_int8.h says, their sums exact. The sum over the
+ * channels runs in KERNEL_SLICE partial sums that a tree adds up, the one over the keys in order within a block, then over blocks and parts
+ * in order; blocks and parts begin at multiples of their size whatever the limits are. A row's bits depend neither on threads nor on other
+ * rows, heads or batches, nor on strides. Scores are selected, not added. Values that are not finite show in the sum of their block, which is
+ * then computed anew without them. A row that attends one, and one whose result or logsumexp is not finite, is left to the FP64 reference
+ * kernel. */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
 #include <float.h>
 #include <math.h>
 #include <string.h>
+#if KERNEL_INTEGER
+#include <immintrin.h>
+#endif
 
 #define KERNEL_FP64 0
 
@@ -73,7 +78,7 @@ typedef struct {
     float highest; /* score */
     float sum;     /* of exp(score - highest) */
     bool attended; /* any key */
-    bool left_out; /* something is not finite: the FP64 kernel computes this row */
+    bool left_out; /* it attends a value that is not finite: the FP64 kernel computes it */
 } partial_row;
 
 INLINE int64_t padded_output(const cpu_attention* attention) {
@@ -141,6 +146,7 @@ typedef struct {
     float* block_output;   /* [ROWS][padded head_dim_v] */
     float* finite_values;  /* [BLOCK_KEYS][padded head_dim_v]: the block's values with 0 for what is not finite */
     float* row;            /* [padded channels] */
+    number* row_numbers;   /* [padded head_dim] */
     partial_row** partial; /* [rows] */
     char* partials;        /* those of a problem with one part */
     char* wide;            /* for the FP64 kernel */
@@ -168,6 +174,7 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     workspace->block_output = workspace_take_reals(&cursor, ROWS * head_dim_v);
     workspace->finite_values = has_codes(&attention->value) ? NULL : workspace_take_reals(&cursor, BLOCK_KEYS * head_dim_v);
     workspace->row = workspace_take_reals(&cursor, maximum(head_dim, head_dim_v));
+    workspace->row_numbers = workspace_take(&cursor, head_dim, sizeof(number));
     workspace->partial = workspace_take(&cursor, rows, sizeof(partial_row*));
     workspace->partials = workspace_take(&cursor, part_count(attention) == 1 ? rows : 0, partial_bytes(attention));
     workspace->wide = workspace_take(&cursor, (int64_t)KERNEL_WIDE_ROWS_BYTES(attention), 1);
@@ -240,9 +247,11 @@ static void load_queries(const cpu_attention* attention, const head_position* at
 #endif
         number* out = workspace->query + row * padded;
         const int64_t step = CHANNEL_STEP(key->precision), turns = KEY_TURNS(key->precision);
-        for (int64_t first = 0; first < padded; first += step) {
+        number* in_order = turns == 1 ? out : workspace->row_numbers;
+        for (int64_t d = 0; d < padded; d++) in_order[d] = (number)channels[d];
+        for (int64_t first = 0; first < padded && turns > 1; first += step) {
             for (int64_t turn = 0; turn < turns; turn++) {
-                for (int64_t d = first + turn; d < first + step; d += turns) *out++ = (number)channels[d];
+                for (int64_t d = first + turn; d < first + step; d += turns) *out++ = in_order[d];
             }
         }
     }
@@ -298,7 +307,8 @@ static void round_weights(int64_t row, decode_workspace* workspace) {
 }
 #endif
 
-/* Turns a row's dot products with the block into scores and those into weights, and takes them into its partial result. */
+/* Turns a row's dot products with the block into scores and those into weights, and takes them into its partial result. A score that is NaN
+ * or +inf makes the sum NaN, and so the row known; one that overflows to -inf has no weight, as it has none by the formulas. */
 static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column,
                         decode_workspace* workspace) {
     const vector_mask lane_bits = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
@@ -315,7 +325,6 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     float* scores = workspace->scores + row * BLOCK_KEYS;
 
     vector highest = vector_of(-INFINITY);
-    vector_mask infinite = (vector_mask)(real_bits)0;
     for (int64_t column = 0; column < columns; column += LANES) {
         vector score = vector_load(scores + column);
 #if KERNEL_INTEGER
@@ -323,21 +332,18 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
 #endif
         score = score * vector_load(workspace->key.scales + column) + mean_score;
         score *= scale;
-        const vector excess = score - score; /* 0 if finite, else NaN */
         if (softcap > 0) score = softcap * vector_tanh(score / softcap);
         if (workspace->additions) score += vector_load(workspace->additions + row * BLOCK_KEYS + column);
         if (attention->alibi_slopes) {
             const vector distance = diagonal - (float)column;
             score -= slope * vector_select(distance < 0, -distance, distance);
         }
-        const vector_mask here = ((vector_mask)(real_bits)(attended >> column & 0xFFFF) & lane_bits) != 0;
-        infinite |= (excess + (score - score) != 0) & here;
-        score = vector_select(here, score, vector_of(-INFINITY));
+        const real_bits here = (real_bits)(attended >> column & 0xFFFF);
+        if (here != 0xFFFF) score = vector_select(((vector_mask)here & lane_bits) != 0, score, vector_of(-INFINITY));
         highest = vector_max(highest, score);
         vector_store(scores + column, score);
     }
     partial->attended = true;
-    if (vector_any(infinite)) partial->left_out = true;
 
     const float block_highest = highest_of_lanes(highest);
     float rescale = 1;

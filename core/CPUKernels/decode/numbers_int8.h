@@ -7,7 +7,6 @@
  * Queries that are quantised by rows are taken as they are, others are rounded to 16 bits: an error of at most 1/65534 of the row's largest
  * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most
  * 1024 / SLICE channels, or BLOCK_KEYS keys, of 32767 * 255 each. */
-#include <immintrin.h>
 
 typedef int16_t number;
 typedef uint16_t numbers __attribute__((ext_vector_type(2 * SLICE))); /* what one instruction multiplies; bits of signed numbers */
