@@ -127,10 +127,10 @@ static void fill_scales(problem* made, generator* random, cpu_tensor* tensor, ex
     int64_t* strides = tensor->scale_strides;
     int64_t parts = 1;
     switch (draw(random, 0, 7)) {
-    case 0: strides[0] = 0, strides[1] = 0, parts = 1, strides[2] = strides[3] = 0; break;             /* tensor */
-    case 1: strides[0] = heads, strides[1] = 1; break;                                                 /* head */
-    case 2: parts = channels, strides[0] = heads * parts, strides[1] = parts, strides[3] = 1; break;   /* channel */
-    case 3: {                                                                                          /* group */
+    case 0: strides[0] = 0, strides[1] = 0, parts = 1, strides[2] = strides[3] = 0; break;           /* tensor */
+    case 1: strides[0] = heads, strides[1] = 1; break;                                               /* head */
+    case 2: parts = channels, strides[0] = heads * parts, strides[1] = parts, strides[3] = 1; break; /* channel */
+    case 3: {                                                                                        /* group */
         tensor->scale_channels = draw(random, 1, channels);
         const int64_t groups = (channels + tensor->scale_channels - 1) / tensor->scale_channels;
         parts = rows * groups, strides[0] = heads * parts, strides[1] = parts, strides[2] = groups, strides[3] = 1;
@@ -227,11 +227,16 @@ static cpu_precision draw_integer(generator* random) {
 static void draw_precisions(generator* random, cpu_precision precisions[3]) {
     const int64_t kind = draw(random, 0, 99);
     for (int n = 0; n < 3; n++) {
-        if (kind < 25) precisions[n] = CPU_FP32;
-        else if (kind < 40) precisions[n] = n == 0 ? draw_float(random) : precisions[0];
-        else if (kind < 80) precisions[n] = draw_integer(random);
-        else if (kind < 95) precisions[n] = chance(random, 50) ? draw_float(random) : draw_integer(random);
-        else precisions[n] = chance(random, 70) ? CPU_FP64 : draw_float(random);
+        if (kind < 25)
+            precisions[n] = CPU_FP32;
+        else if (kind < 40)
+            precisions[n] = n == 0 ? draw_float(random) : precisions[0];
+        else if (kind < 80)
+            precisions[n] = draw_integer(random);
+        else if (kind < 95)
+            precisions[n] = chance(random, 50) ? draw_float(random) : draw_integer(random);
+        else
+            precisions[n] = chance(random, 70) ? CPU_FP64 : draw_float(random);
     }
 }
 
