@@ -51,7 +51,8 @@ struct AttentionPlan {
         }
         withUnsafePointer(to: attention) { attention in
             for kernel in kernels {
-                items = max(items, kernel.item_count(attention), kernel.prepare_items?(attention) ?? 0)
+                items = max(
+                    items, kernel.item_count(attention), kernel.prepare_items?(attention) ?? 0, kernel.finish_items?(attention) ?? 0)
                 scratchSize = max(scratchSize, Int(clamping: kernel.workspace_bytes(attention)))
             }
         }

@@ -30,7 +30,7 @@ enum Step: Int, CaseIterable {
     }
 }
 
-/// What a kernel was compiled for. Each includes those above it.
+/// What a kernel was compiled for.
 enum InstructionSet: Int, CaseIterable {
     case baseline
     case avx2
@@ -46,7 +46,7 @@ enum InstructionSet: Int, CaseIterable {
         }
     }
 
-    /// Whether this processor has it.
+    /// Whether this processor has it, and all that it includes.
     var isAvailable: Bool {
         switch self {
         case .baseline: true
@@ -55,14 +55,31 @@ enum InstructionSet: Int, CaseIterable {
         case .avx512vnni: cpu_has_avx512vnni()
         }
     }
+
+    /// Those whose kernels may be used beside its own.
+    private var included: [InstructionSet] {
+        switch self {
+        case .baseline: []
+        case .avx2: [.baseline]
+        case .avx512: [.avx2]
+        case .avx512vnni: [.avx512]
+        }
+    }
+
+    /// Whether a processor that has this one runs kernels for `other`.
+    func includes(_ other: InstructionSet) -> Bool {
+        self == other || included.contains { $0.includes(other) }
+    }
 }
 
-/// Kernels of one make. Tests force one by MFA_KERNELS.
-enum KernelFamily: String {
-    /// Plain C for everything.
-    case reference
+/// Kernels of one make.
+enum KernelFamily: String, CaseIterable {
     /// Products of INT8 and INT4 operands in integers.
     case integer
+    /// FP32, FP16 and BF16 operands, in FP32.
+    case float
+    /// Plain C for everything.
+    case reference
 }
 
 /// A line of the table.
@@ -99,6 +116,8 @@ struct KernelTable {
 
         #if arch(x86_64)
         add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
+        add(.float, .forward, .fp32, .avx512, attention_forward_float_avx512)
+        add(.float, .forward, .fp32, .avx2, attention_forward_float_avx2)
         reference(.forward, .fp32, .avx512, attention_forward_fp32_reference_avx512)
         reference(.dValues, .fp32, .avx512, attention_d_values_fp32_reference_avx512)
         reference(.backwardQuery, .fp32, .avx512, attention_backward_query_fp32_reference_avx512)
@@ -119,6 +138,8 @@ struct KernelTable {
         reference(.backwardQuery, .fp64, .avx2, attention_backward_query_fp64_reference_avx2)
         reference(.backwardKeyValue, .fp64, .avx2, attention_backward_key_value_fp64_reference_avx2)
         reference(.backwardBias, .fp64, .avx2, attention_backward_bias_fp64_reference_avx2)
+        #elseif arch(arm64)
+        add(.float, .forward, .fp32, .baseline, attention_forward_float_neon)
         #endif
         reference(.forward, .fp32, .baseline, attention_forward_fp32_reference)
         reference(.dValues, .fp32, .baseline, attention_d_values_fp32_reference)
@@ -134,9 +155,8 @@ struct KernelTable {
     }
 
     /// What MFA_KERNELS can say.
-    private static var names: String {
-        let sets = InstructionSet.allCases.map { "\($0.name)" }
-        return ([KernelFamily.reference.rawValue, KernelFamily.integer.rawValue] + sets).joined(separator: ", ")
+    private static var words: String {
+        (KernelFamily.allCases.map(\.rawValue) + InstructionSet.allCases.map { "\($0.name)" }).joined(separator: ", ")
     }
 
     /// The quantisation kernel for an instruction set.
@@ -147,28 +167,27 @@ struct KernelTable {
         return quantization_reference
     }
 
-    /// The kernels that this processor runs and that `forced` allows: nil for all, the name of the one family that may serve before the
-    /// reference kernels, or that of the best instruction set to be used.
+    /// The kernels that this processor runs and that `forced` allows: nil for all, or words separated by commas. Families limit what may
+    /// serve before the reference kernels, an instruction set limits all kernels to those that need no more than it.
     init(forced: String?) throws(MFAError) {
-        var allowed = InstructionSet.allCases.last(where: \.isAvailable) ?? .baseline
-        var family: KernelFamily?
-        if let forced, !forced.isEmpty {
-            if let named = InstructionSet.allCases.first(where: { "\($0.name)" == forced }) {
+        var limit: InstructionSet?
+        var families: [KernelFamily] = []
+        for word in (forced ?? "").split(separator: ",") {
+            if let named = InstructionSet.allCases.first(where: { "\($0.name)" == word }) {
                 if !named.isAvailable {
-                    throw MFAError(.deviceUnavailable, "MFA_KERNELS asks for \"\(forced)\", which this processor does not have")
+                    throw MFAError(.deviceUnavailable, "MFA_KERNELS asks for \"\(word)\", which this processor does not have")
                 }
-                allowed = named
-            } else if let named = KernelFamily(rawValue: forced) {
-                family = named
+                limit = named
+            } else if let named = KernelFamily(rawValue: String(word)) {
+                families.append(named)
             } else {
-                throw MFAError(.deviceUnavailable, "MFA_KERNELS must be one of \(KernelTable.names) (got \"\(forced)\")")
+                throw MFAError(.deviceUnavailable, "MFA_KERNELS takes \(KernelTable.words), separated by commas (got \"\(word)\")")
             }
         }
-        let limit = allowed.rawValue
         var entries = [[KernelEntry]](repeating: [], count: Step.allCases.count * 2)
         var best = InstructionSet.baseline
-        for entry in KernelTable.all()
-        where entry.instructionSet.rawValue <= limit && (family == nil || entry.family == family || entry.family == .reference) {
+        for entry in KernelTable.all() where limit?.includes(entry.instructionSet) ?? entry.instructionSet.isAvailable {
+            if !families.isEmpty && entry.family != .reference && !families.contains(entry.family) { continue }
             entries[KernelTable.index(entry.step, entry.arithmetic)].append(entry)
             if entry.instructionSet.rawValue > best.rawValue { best = entry.instructionSet }
         }

@@ -18,22 +18,29 @@ struct Team {
 
     func scratch(of thread: Int32) -> UnsafeMutableRawPointer { scratch + Int(thread) * scratchSize }
 
-    /// Runs an attention kernel: its preparation, then its items.
+    /// Runs an attention kernel: its preparation, its items, and what comes after them.
     func run(_ kernel: cpu_attention_kernel, _ attention: UnsafePointer<cpu_attention>) {
         struct Work {
             let team: Team
             let kernel: cpu_attention_kernel
             let attention: UnsafePointer<cpu_attention>
         }
+        let work = Work(team: self, kernel: kernel, attention: attention)
         if let items = kernel.prepare_items?(attention) {
-            run(items, Work(team: self, kernel: kernel, attention: attention)) { state, item, thread in
+            run(items, work) { state, item, thread in
                 guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
                 work.kernel.prepare?(work.attention, item, work.team.scratch(of: thread))
             }
         }
-        run(kernel.item_count(attention), Work(team: self, kernel: kernel, attention: attention)) { state, item, thread in
+        run(kernel.item_count(attention), work) { state, item, thread in
             guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
             work.kernel.run(work.attention, item, work.team.scratch(of: thread))
+        }
+        if let items = kernel.finish_items?(attention) {
+            run(items, work) { state, item, thread in
+                guard let work = state?.assumingMemoryBound(to: Work.self).pointee else { return }
+                work.kernel.finish?(work.attention, item, work.team.scratch(of: thread))
+            }
         }
     }
 

@@ -1,6 +1,6 @@
 /* Merging two partial results of attention over disjoint sets of keys into that over their union (Dao et al., "Flash-Decoding"; Liu et al.,
  * "Ring Attention"). Memory-bound, so the arithmetic is FP64 throughout. */
-#include "conversion.h"
+#include "shared/conversion.h"
 
 #include <math.h>
 

@@ -20,7 +20,7 @@
  * kernels. */
 #if defined(__x86_64__)
 
-#include "../reference/naming.h"
+#include "../shared/naming.h"
 #include "cpu_kernels.h"
 
 #include <float.h>
@@ -37,10 +37,10 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
 
 /* clang-format off: each file needs those before it */
-#include "../conversion.h"
-#include "../reference/real.h"
-#include "../reference/tile.h"
-#include "../reference/rows.h"
+#include "../shared/conversion.h"
+#include "../shared/real.h"
+#include "../shared/tile.h"
+#include "../shared/rows.h"
 /* clang-format on */
 
 void attention_forward_rows_fp32_reference_avx512(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows,

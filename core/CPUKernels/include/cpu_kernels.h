@@ -89,7 +89,7 @@ typedef struct cpu_attention {
     double dropout_p;
     uint64_t seed;
     uint32_t dropout_offset;
-    void* _Nullable shared; /* workspace that all items read: what the kernel's preparation wrote */
+    void* _Nullable shared; /* workspace of all items: what preparation writes, or what items leave for the finish */
     bool float_statistics;  /* statistics are float whatever the arithmetic is */
 
     /* Backward only. */
@@ -103,18 +103,22 @@ typedef struct cpu_attention {
 } cpu_attention;
 
 /* A kernel: how many items a problem has, how much workspace a thread needs (aligned to 64 bytes, contents arbitrary), and one item's work.
- * */
+ * Items are begun in their order, so that one may wait for others before it. */
 typedef struct cpu_attention_kernel {
     const char* _Nonnull name;
     /* Whether it computes this problem; NULL: any. Looks at no data. */
     bool (*_Nullable serves)(const cpu_attention* _Nonnull attention);
-    /* Preparation, all of it done before the first item: bytes of attention->shared, how many items, and one's work. NULL: none. */
+    /* Bytes of attention->shared; NULL: none. */
     size_t (*_Nullable shared_bytes)(const cpu_attention* _Nonnull attention);
+    /* Preparation, all of it done before the first item: how many items, and one's work. NULL: none. */
     int64_t (*_Nullable prepare_items)(const cpu_attention* _Nonnull attention);
     void (*_Nullable prepare)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
     int64_t (*_Nonnull item_count)(const cpu_attention* _Nonnull attention);
     size_t (*_Nonnull workspace_bytes)(const cpu_attention* _Nonnull attention);
     void (*_Nonnull run)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
+    /* What comes when all items are done, items of its own too. NULL: nothing. */
+    int64_t (*_Nullable finish_items)(const cpu_attention* _Nonnull attention);
+    void (*_Nullable finish)(const cpu_attention* _Nonnull attention, int64_t item, void* _Nonnull workspace);
 } cpu_attention_kernel;
 
 /* Reference kernels, from one source: REAL is the arithmetic (fp32 serves all operands but FP64, fp64 all operands), and each is compiled
@@ -140,6 +144,15 @@ CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx512)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
+/* Kernels of FP32 arithmetic. They serve all operands but FP64. */
+#if defined(__x86_64__)
+extern const cpu_attention_kernel attention_forward_float_avx2;
+extern const cpu_attention_kernel attention_forward_float_avx512;
+#elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_forward_float_neon;
+#endif
+
+/* Kernels that multiply codes as integers. */
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #endif

@@ -11,7 +11,7 @@
  * rows, heads or batches, or on strides. Masked scores are selected, not added; values that are not finite are found by one test a tile and
  * then take a careful path. */
 #include "cpu_kernels.h"
-#include "naming.h"
+#include "../shared/naming.h"
 
 #include <float.h>
 #include <math.h>
@@ -31,11 +31,11 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #endif
 
 /* clang-format off: each file needs those before it */
-#include "../conversion.h"
-#include "real.h"
-#include "multiply.h"
-#include "tile.h"
-#include "rows.h"
+#include "../shared/conversion.h"
+#include "../shared/real.h"
+#include "../shared/multiply.h"
+#include "../shared/tile.h"
+#include "../shared/rows.h"
 #include "forward.h"
 #include "backward.h"
 /* clang-format on */

@@ -5,7 +5,7 @@
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
  * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone. */
 #include "cpu_kernels.h"
-#include "naming.h"
+#include "../shared/naming.h"
 
 #include <float.h>
 #include <math.h>
@@ -15,7 +15,7 @@
 #pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
 #endif
 
-#include "../conversion.h"
+#include "../shared/conversion.h"
 
 /* Every FP32 operation of this file is one rounding. */
 #pragma clang fp contract(off)

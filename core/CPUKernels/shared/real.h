@@ -1,6 +1,6 @@
-/* The arithmetic of a reference kernel: its real type, vectors of it, and the functions that the softmax needs.
+/* The arithmetic of a kernel: its real type, vectors of it, and the functions that the softmax needs.
  *
- * Part of the template that attention.h assembles. KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
+ * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
  * compiler splits it into registers. All operations on vectors are lane by lane, so a row's result does not depend on the rows beside it.
  * */
 
@@ -86,6 +86,23 @@ INLINE vector vector_exp(vector x) {
     e = e * *(vector*)&exponent;
     e = vector_select(x < -87.3f, vector_of(0), e);
     return vector_select(x > 88.3f, vector_of(INFINITY), e);
+}
+
+/* 2^x within two units in the last place for normal results; smaller ones, and that of -inf, are 0; 2^0 is exactly 1. For x below 128; that
+ * of NaN is not defined. 2^n from the exponent bits, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2. */
+INLINE vector vector_exp2(vector x) {
+    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+    vector shifted = x + round_to_integer;
+    vector r = x - (shifted - round_to_integer);
+    vector e = vector_of(1.3264727e-3f);
+    e = e * r + 9.671513e-3f;
+    e = e * r + 5.5507336e-2f;
+    e = e * r + 2.4022242e-1f;
+    e = e * r + 6.93147e-1f;
+    e = e * r + 1.0f;
+    vector_mask exponent = *(vector_mask*)&shifted << 23;
+    vector_mask bits = *(vector_mask*)&e + exponent;
+    return vector_select(x < -126.0f, vector_of(0), *(vector*)&bits);
 }
 
 /* tanh(x) within a few units in the last place: Cephes' odd polynomial (tanhf) for small arguments, else 1 - 2 / (e^2|x| + 1). */
