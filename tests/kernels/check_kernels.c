@@ -8,7 +8,7 @@
  * the same bits. To check a new kernel, add its line to the table. */
 #include "cpu_kernels.h"
 
-#include "conversion.h"
+#include "shared/conversion.h"
 #include "problems.h"
 
 #include <inttypes.h>
@@ -31,9 +31,9 @@
 
 /* ---- The table ----------------------------------------------------------------------------------------------------------------------- */
 
-typedef enum { BASELINE, AVX2, AVX512, AVX512VNNI, SETS } instruction_set;
+typedef enum { BASELINE, AVX2, AVX512, AVX512VNNI, NEON, SETS } instruction_set;
 
-static const char* const SET_NAMES[SETS] = {"baseline", "avx2", "avx512", "avx512vnni"};
+static const char* const SET_NAMES[SETS] = {"baseline", "avx2", "avx512", "avx512vnni", "neon"};
 
 static bool processor_has(instruction_set set) {
     switch (set) {
@@ -60,19 +60,26 @@ typedef struct {
 #define REFERENCE_LINES(suffix, set, arithmetic)                                                                                    \
     {&attention_forward_##suffix, FORWARD, set, arithmetic, NULL}, {&attention_d_values_##suffix, D_VALUES, set, arithmetic, NULL}, \
         {&attention_backward_query_##suffix, BACKWARD_QUERY, set, arithmetic, NULL},                                                \
-        {&attention_backward_key_value_##suffix, BACKWARD_KEY_VALUE, set, arithmetic, NULL},                                        \
-        {&attention_backward_bias_##suffix, BACKWARD_BIAS, set, arithmetic, NULL},
+        {&attention_backward_key_value_##suffix, BACKWARD_KEY_VALUE, set, arithmetic, NULL}, {                                      \
+        &attention_backward_bias_##suffix, BACKWARD_BIAS, set, arithmetic, NULL                                                     \
+    }
 
 static const table_line TABLE[] = {
-    /* clang-format off: one kernel a line */
-    REFERENCE_LINES(fp32_reference, BASELINE, FP32_ARITHMETIC)
+    REFERENCE_LINES(fp32_reference, BASELINE, FP32_ARITHMETIC),
 #if defined(__x86_64__)
-        REFERENCE_LINES(fp32_reference_avx2, AVX2, FP32_ARITHMETIC) REFERENCE_LINES(fp64_reference_avx2, AVX2, FP64_ARITHMETIC)
-            REFERENCE_LINES(fp32_reference_avx512, AVX512, FP32_ARITHMETIC) REFERENCE_LINES(fp64_reference_avx512, AVX512, FP64_ARITHMETIC){
-                &attention_forward_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, NULL},
+    REFERENCE_LINES(fp32_reference_avx2, AVX2, FP32_ARITHMETIC),
+    REFERENCE_LINES(fp64_reference_avx2, AVX2, FP64_ARITHMETIC),
+    REFERENCE_LINES(fp32_reference_avx512, AVX512, FP32_ARITHMETIC),
+    REFERENCE_LINES(fp64_reference_avx512, AVX512, FP64_ARITHMETIC),
+    {&attention_forward_float_avx2, FORWARD, AVX2, FP32_ARITHMETIC, NULL},
+    {&attention_forward_float_avx512, FORWARD, AVX512, FP32_ARITHMETIC, NULL},
+    {&attention_forward_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, NULL},
+#elif defined(__aarch64__)
+    {&attention_forward_float_neon, FORWARD, NEON, FP32_ARITHMETIC, NULL},
 #endif
-    /* clang-format on */
 };
+
+enum { LINES = sizeof TABLE / sizeof TABLE[0] };
 
 /* What all of them must be close to. Those for AVX2, themselves checked against the portable ones, are there to take less time where
  * every instruction is emulated. */
@@ -91,8 +98,6 @@ static const cpu_attention_kernel* const* const QUICK = PORTABLE;
 #endif
 
 static const cpu_attention_kernel* const* references = PORTABLE;
-
-enum { LINES = sizeof TABLE / sizeof TABLE[0] };
 
 /* ---- Memory between guards ----------------------------------------------------------------------------------------------------------- */
 
@@ -259,6 +264,10 @@ static bool run_kernel(const cpu_attention_kernel* kernel, const problem* made, 
     }
     const int64_t items = kernel->item_count(attention);
     for (int64_t item = 0; item < items; item++) kernel->run(attention, item, workspace.bytes);
+    if (kernel->finish_items) {
+        const int64_t rest = kernel->finish_items(attention);
+        for (int64_t item = 0; item < rest; item++) kernel->finish(attention, item, workspace.bytes);
+    }
     attention->shared = NULL;
     const bool hold = guards_hold(&workspace) && guards_hold(&shared);
     free(workspace.block);

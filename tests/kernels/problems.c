@@ -1,6 +1,6 @@
 #include "problems.h"
 
-#include "conversion.h"
+#include "shared/conversion.h"
 
 #include <inttypes.h>
 #include <math.h>
