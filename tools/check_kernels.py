@@ -20,10 +20,12 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,9 +42,15 @@ PROGRAM_FLAGS = ["-std=gnu17", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
 
 # How much a part does: the number of problems, and about the multiplications of each.
 NATIVE_PROBLEMS, NATIVE_WORK = 200, 4_000_000
-EMULATED_PROBLEMS, EMULATED_WORK = 40, 300_000
+EMULATED_PROBLEMS, EMULATED_WORK = 60, 300_000
+
+# Beyond this a program has lost its way.
+MOST_SECONDS = 3600
 
 PARTS = ("native", "arm64", "x86-64")
+
+# One part at a time: it takes all processors, and another may need the same objects.
+COMPILING = threading.Lock()
 
 
 class LeftOutError(Exception):
@@ -63,10 +71,16 @@ class Outcome:
     output: str = ""
 
 
-def run(command: Sequence[str | Path], **settings: object) -> subprocess.CompletedProcess[str]:
+def run(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command without input and keep what it prints."""
     words = [str(word) for word in command]
-    return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False, **settings)  # type: ignore[call-overload, no-any-return]
+    variables = {**os.environ, **environment}
+    try:
+        return subprocess.run(
+            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", env=variables, timeout=MOST_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckError(f"{shlex.join(words)} did not end within {MOST_SECONDS} s") from None
 
 
 # ---- Compiling ---------------------------------------------------------------------------------------------------------------------------
@@ -95,8 +109,15 @@ def sources_digest() -> str:
 
 
 def instruction_set(source: Path) -> str:
-    """The last word of a kernel's file, such as "avx512vnni"."""
+    """The last word of the name of a kernel's file, such as "avx512vnni"."""
     return source.stem.rpartition("_")[2]
+
+
+def call(*command: str | Path) -> None:
+    """Run a tool that must succeed."""
+    answer = run(command)
+    if answer.returncode != 0:
+        raise CheckError(f"{shlex.join(map(str, command))}\n{answer.stderr.strip()}")
 
 
 @dataclass(frozen=True)
@@ -106,55 +127,60 @@ class Build:
     Attributes
     ----------
     name
-        The folder for what is made.
-    flags
-        For compiling and linking.
-    evex
-        Files for AVX-VNNI are assembled with the encoding of AVX-512's VNNI, and AVX-512 gathers nothing: see `compile_for_bochs`.
+        The folder for the program.
+    flags, linker_flags
+        For compiling, and for linking.
+    for_bochs
+        Bochs knows the encodings of AVX-512 only: vpdpbusd and its like of AVX-VNNI are assembled with those. It does not decode gathers
+        of AVX-512 by index registers above the 15th: the compiler makes none.
     """
 
     name: str
     flags: tuple[str, ...] = ()
-    evex: bool = False
+    linker_flags: tuple[str, ...] = ()
+    for_bochs: bool = False
 
     def compile(self) -> Path:
-        """The program; compiled anew only if a source or a flag changed."""
-        folder = SCRATCH / self.name
-        program, stamp = folder / "check_kernels", folder / "stamp"
-        wanted = f"{find_clang()} {self} {KERNEL_FLAGS} {PROGRAM_FLAGS} {sources_digest()}"
-        if program.exists() and stamp.exists() and stamp.read_text() == wanted:
-            return program
-        folder.mkdir(parents=True, exist_ok=True)
-        stamp.unlink(missing_ok=True)
+        """The program. Objects are kept until a source changes."""
         sources = [*sorted(KERNELS.rglob("*.c")), *sorted(PROGRAM.glob("*.c"))]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with COMPILING, ThreadPoolExecutor(os.cpu_count()) as pool:
+            folder = objects_folder()
             objects = list(pool.map(lambda source: self._compile_file(source, folder), sources))
-        libraries = ["-lm", "-lpthread"]
+        program = SCRATCH / self.name / "check_kernels"
+        program.parent.mkdir(parents=True, exist_ok=True)
         linker = [] if sys.platform == "darwin" else ["-fuse-ld=lld"]
-        self._call([find_clang(), *self.flags, *linker, *objects, *libraries, "-o", program])
-        stamp.write_text(wanted)
+        call(find_clang(), *self.flags, *self.linker_flags, *linker, *objects, "-lm", "-lpthread", "-o", program)
         return program
 
     def _compile_file(self, source: Path, folder: Path) -> Path:
-        made = folder / f"{source.stem}.o"
-        flags = PROGRAM_FLAGS if source.parent == PROGRAM else KERNEL_FLAGS
-        includes = ["-I", KERNELS, "-I", KERNELS / "include"]
-        command: list[str | Path] = [find_clang(), *self.flags, *flags, *includes, source]
-        if self.evex and instruction_set(source).startswith("avx512"):
-            command += ["-mno-gather"]
-        if self.evex and instruction_set(source) == "avxvnni":
-            assembly = folder / f"{source.stem}.s"
-            self._call([*command, "-S", "-o", assembly])
+        flags = [*self.flags, *(PROGRAM_FLAGS if source.parent == PROGRAM else KERNEL_FLAGS)]
+        if self.for_bochs and instruction_set(source).startswith("avx512"):
+            flags.append("-mno-gather")
+        encoded_anew = self.for_bochs and instruction_set(source) == "avxvnni"
+        key = hashlib.sha256(f"{find_clang()} {flags} {encoded_anew} {source}".encode()).hexdigest()[:16]
+        made = folder / f"{source.stem}-{key}.o"
+        if made.exists():
+            return made
+        command: list[str | Path] = [find_clang(), *flags, "-I", KERNELS, "-I", KERNELS / "include", source]
+        if encoded_anew:
+            assembly = made.with_suffix(".s")
+            call(*command, "-S", "-o", assembly)
             assembly.write_text(assembly.read_text().replace("{vex}", "{evex}"))
             command = [find_clang(), *self.flags, assembly]
-        self._call([*command, "-c", "-o", made])
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        call(*command, "-c", "-o", unfinished)
+        unfinished.replace(made)
         return made
 
-    @staticmethod
-    def _call(command: Sequence[str | Path]) -> None:
-        answer = run(command)
-        if answer.returncode != 0:
-            raise CheckError(answer.stderr.strip())
+
+def objects_folder() -> Path:
+    """Where objects of the present sources are; those of others are removed."""
+    folder = SCRATCH / "objects"
+    present = folder / sources_digest()[:16]
+    if not present.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        present.mkdir(parents=True, exist_ok=True)
+    return present
 
 
 # ---- Installing --------------------------------------------------------------------------------------------------------------------------
@@ -173,15 +199,14 @@ def install(*patterns: str) -> None:
         raise LeftOutError(f"needs {names} (Debian's names), and there is no apt-get")
     if os.geteuid() != 0:
         raise LeftOutError(f"needs {names}: needs root for apt-get")
-    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    run(["apt-get", "update"], env=environment)
+    run(["apt-get", "update"])
     chosen = []
     for pattern in patterns:
         found = re.findall(r"^(\S+) - ", run(["apt-cache", "search", "--names-only", f"^{pattern}$"]).stdout, flags=re.M)
         if not found:
             raise LeftOutError(f"needs {pattern}, which apt-get does not find")
         chosen.append(max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]))
-    answer = run(["apt-get", "install", "--yes", "--no-install-recommends", *chosen], env=environment)
+    answer = run(["apt-get", "install", "--yes", "--no-install-recommends", *chosen], DEBIAN_FRONTEND="noninteractive")
     if answer.returncode != 0:
         raise LeftOutError(f"needs {names}, which apt-get does not install: {answer.stderr.strip().splitlines()[-1:]}")
 
@@ -202,7 +227,7 @@ def links(flags: Sequence[str]) -> bool:
     """Whether a program with a C library can be linked with these flags."""
     SCRATCH.mkdir(parents=True, exist_ok=True)
     source = SCRATCH / "links.c"
-    source.write_text("#include <math.h>\n#include <stdio.h>\nint main(int n, char** v) { return printf(\"%g\", exp(n + !v)) < 0; }\n")
+    source.write_text('#include <math.h>\n#include <stdio.h>\nint main(int n, char** v) { return printf("%g", exp(n + !v)) < 0; }\n')
     return run([find_clang(), *flags, "-fuse-ld=lld", source, "-lm", "-o", source.with_suffix("")]).returncode == 0
 
 
@@ -251,7 +276,7 @@ display_library: term
 log: {folder}/log
 panic: action=fatal
 error: action=ignore
-info: action=ignore
+info: action=report
 debug: action=ignore
 """
 
@@ -260,24 +285,27 @@ def run_in_bochs(program: Path, arguments: Sequence[str], bochs: str) -> tuple[i
     """Run a static program on an emulated PC: its exit code and what it printed."""
     folder = program.parent
     firmware = folder / "firmware.o"
-    Build._call([find_clang(), "-c", PROGRAM / "bare_pc.S", "-o", firmware])
+    call(find_clang(), "-c", PROGRAM / "bare_pc.S", "-o", firmware)
     lld = Path(find_clang()).resolve().with_name("ld.lld")
-    Build._call([lld, "-Ttext", "0xffff0000", "--oformat", "binary", "-e", "0", firmware, "-o", folder / "firmware"])
+    call(lld, "-Ttext", "0xffff0000", "--oformat", "binary", "-e", "0", firmware, "-o", folder / "firmware")
     (folder / "no_firmware").write_bytes(bytes(512))
     (folder / "image").write_bytes(bare_image(program.read_bytes(), [program.name, *arguments]))
     (folder / "settings").write_text(BOCHS_SETTINGS.format(folder=folder))
     command: list[str | Path] = [bochs, "-q", "-f", folder / "settings"]
-    if "-rc " in run([bochs, "--help"]).stdout:  # built with a debugger, which waits to be told to continue
+    usage = run([bochs, "--help"])
+    if "-rc " in usage.stdout + usage.stderr:  # built with a debugger, which waits to be told to continue
         (folder / "debugger").write_text("continue\nquit\n")
         command += ["-rc", folder / "debugger"]
     # The display, which nobody looks at, wants to know a kind of terminal.
-    answer = run(command, env={**os.environ, "TERM": "linux"})
+    answer = run(command, TERM="linux")
     match = re.search("\x02(.*)\x04(.)", answer.stdout, flags=re.S)
     if match:
         return ord(match[2]) - ord("0"), match[1]
     # It ended by a fault: what was printed before, and where.
     printed = answer.stdout.partition("\x02")[2]
-    return 1, printed + "\nthe emulated processor stopped:\n" + "\n".join(re.findall(r"^.*(?:PANIC|RIP=).*$", (folder / "log").read_text(), flags=re.M))
+    return 1, printed + "\nthe emulated processor stopped:\n" + "\n".join(
+        re.findall(r"^.*(?:PANIC|RIP=).*$", (folder / "log").read_text(), flags=re.M)
+    )
 
 
 # ---- Parts -------------------------------------------------------------------------------------------------------------------------------
@@ -320,10 +348,12 @@ def check_arm64(options: argparse.Namespace) -> Outcome:
         if not links(flags):
             raise LeftOutError("clang does not link programs for aarch64-linux-gnu")
     qemu = find_program(("qemu-aarch64", "qemu-aarch64-static"), "qemu-user")
-    program = Build("arm64", flags).compile()
+    program = Build("arm64", flags[:1], flags[1:]).compile()
     here, elsewhere = listed_sets(run([qemu, "-cpu", "max", program, "--list"]).stdout)
     sets = here + elsewhere
-    answer = run([qemu, "-cpu", "max", program, "--sets", ",".join(sets), *arguments_of(options, EMULATED_PROBLEMS, EMULATED_WORK)])
+    answer = run(
+        [qemu, "-cpu", "max", program, "--quick", "--sets", ",".join(sets), *arguments_of(options, EMULATED_PROBLEMS, EMULATED_WORK)]
+    )
     words = f"emulated by qemu: {', '.join(sets)}"
     return Outcome("arm64", "passed" if answer.returncode == 0 else "failed", words, answer.stdout + answer.stderr)
 
@@ -337,7 +367,7 @@ def check_x86(options: argparse.Namespace) -> Outcome:
     if not missing:
         raise LeftOutError("all executed natively")
     bochs = find_program(("bochs-bin", "bochs"), "bochs", "bochs-term")
-    program = Build("x86-64", ("-static",), evex=True).compile()
+    program = Build("x86-64", linker_flags=("-static",), for_bochs=True).compile()
     arguments = ["--quick", "--sets", ",".join(missing), *arguments_of(options, EMULATED_PROBLEMS, EMULATED_WORK)]
     code, output = run_in_bochs(program, arguments, bochs)
     return Outcome("x86-64", "passed" if code == 0 else "failed", f"emulated by Bochs: {', '.join(missing)}", output)
@@ -362,14 +392,24 @@ def check(part: str, options: argparse.Namespace) -> Outcome:
         return Outcome(part, "failed", "does not compile", str(error))
 
 
+def check_all(parts: Sequence[str], options: argparse.Namespace) -> list[Outcome]:
+    """Run parts beside one another, as far as there are processors."""
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
+        return list(pool.map(lambda part: check(part, options), parts))
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The options of a command line."""
-    parser = argparse.ArgumentParser(description="Check the kernels of core/CPUKernels, under emulation where this processor lacks something.")
+    parser = argparse.ArgumentParser(
+        description="Check the kernels of core/CPUKernels, under emulation where this processor lacks something."
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
     parser.add_argument("--times", type=float, default=1, help="how many times as many problems as usual")
     parser.add_argument("--first", type=int, default=0, help="the number of the first problem")
     parser.add_argument("--kernels", help="names of the kernels to check, with commas between them")
-    parser.add_argument("--sanitize", action="store_true", help="check what runs natively with the sanitizers for addresses and undefined behaviour")
+    parser.add_argument(
+        "--sanitize", action="store_true", help="check what runs natively with the sanitizers for addresses and undefined behaviour"
+    )
     options = parser.parse_args(arguments)
     unknown = set(options.parts) - set(PARTS)
     if unknown:
@@ -380,7 +420,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Check what the command line asks for, and say what was executed where."""
     options = parse()
-    outcomes = [check(part, options) for part in options.parts or PARTS]
+    outcomes = check_all(options.parts or PARTS, options)
     for outcome in outcomes:
         if outcome.output:
             print(f"{outcome.part}:\n{outcome.output.strip()}\n")

@@ -38,10 +38,11 @@ static double draw_fraction(generator* random) {
     return (double)(next_bits(random) >> 11) * 0x1p-53;
 }
 
-/* About a standard normal number: four uniform ones, whose variances are 1/12, times the root of 3. */
+/* About a standard normal number: four uniform ones of 16 bits, whose variances are 1/12, times the root of 3. */
 static float draw_normal(generator* random) {
-    double sum = draw_fraction(random) + draw_fraction(random) + draw_fraction(random) + draw_fraction(random);
-    return (float)((sum - 2) * 1.7320508);
+    const uint64_t bits = next_bits(random);
+    const int64_t sum = (int64_t)((bits & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits >> 32 & 0xFFFF) + (bits >> 48));
+    return (float)(sum - 2 * 0xFFFF) * (1.7320508f / 0x1p16f);
 }
 
 #define DRAW_FROM(random, ...) \
