@@ -132,7 +132,7 @@ class Build:
         For compiling, and for linking.
     for_bochs
         Bochs knows the encodings of AVX-512 only: vpdpbusd and its like of AVX-VNNI are assembled with those. It does not decode gathers
-        of AVX-512 by index registers above the 15th: the compiler makes none.
+        and scatters by index registers above the 15th: the compiler makes none.
     """
 
     name: str
@@ -155,7 +155,7 @@ class Build:
     def _compile_file(self, source: Path, folder: Path) -> Path:
         flags = [*self.flags, *(PROGRAM_FLAGS if source.parent == PROGRAM else KERNEL_FLAGS)]
         if self.for_bochs and instruction_set(source).startswith("avx512"):
-            flags.append("-mno-gather")
+            flags += ["-mno-gather", "-mno-scatter"]
         encoded_anew = self.for_bochs and instruction_set(source) == "avxvnni"
         key = hashlib.sha256(f"{find_clang()} {flags} {encoded_anew} {source}".encode()).hexdigest()[:16]
         made = folder / f"{source.stem}-{key}.o"

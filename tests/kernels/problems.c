@@ -408,6 +408,7 @@ problem* make_problem(int64_t number, int64_t work) {
     made->number = number;
     cpu_attention* attention = &made->attention;
     attention->float_statistics = true;
+    attention->threads = (int32_t)draw(&random, 1, 9);
     draw_sizes(&random, work, attention);
     const int64_t batches = attention->batch_size, heads = attention->num_heads, kv_heads = attention->num_kv_heads;
     const extent queries = {{batches, heads, attention->seq_len_q, attention->head_dim}};
