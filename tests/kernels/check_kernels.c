@@ -89,7 +89,7 @@ static const table_line TABLE[] = {
 enum { LINES = sizeof TABLE / sizeof TABLE[0] };
 
 /* What all of them must be close to. Where every instruction is emulated and time is short, those for AVX2, themselves checked against the
- * portable ones, stand in for them, and kernels of the reference template, one source for all instruction sets, get every fourth problem. */
+ * portable ones, stand in for them, and kernels of the reference template, one source for all instruction sets, get every eighth problem. */
 #define REFERENCES(suffix)                                                          \
     {                                                                               \
         &attention_forward_##suffix,        &attention_d_values_##suffix,           \
@@ -430,6 +430,7 @@ static bool compare(tally* counts, const table_line* line, const problem* made, 
     }
     if (rounds_weights) {
         worst = squares > 0 ? sqrt(error_squares / squares) : sqrt(error_squares);
+        /* Of hundreds of problems the worst are off by 0.016: one weight is large, and many are small. */
         if (worst > 0.02 + unit_of(precision)) {
             char text[100];
             snprintf(text, sizeof text, "%s has a relative error of %.3g in the mean", got->name, worst);
@@ -455,7 +456,7 @@ static bool serves(const table_line* line, const problem* made) {
     const cpu_attention* attention = &made->attention;
     if (made->has_double_operands && line->arithmetic != FP64_ARITHMETIC) return false;
     if (made->overflows && line->step != FORWARD) return false;
-    if (references == QUICK && made->number % 4 != 0 && strstr(line->kernel->name, "_reference") != NULL) return false;
+    if (references == QUICK && made->number % 8 != 0 && strstr(line->kernel->name, "_reference") != NULL) return false;
     if (line->step == BACKWARD_BIAS && attention->grad_mask.strides[3] == 0 && !attention->sinks && !attention->alibi_slopes) return false;
     return line->kernel->serves == NULL || line->kernel->serves(attention);
 }

@@ -127,7 +127,7 @@ static void fill_scales(problem* made, generator* random, cpu_tensor* tensor, ex
     const int64_t batches = sizes.counts[0], heads = sizes.counts[1], rows = sizes.counts[2], channels = sizes.counts[3];
     int64_t* strides = tensor->scale_strides;
     int64_t parts = 1;
-    switch (draw(random, 0, 7)) {
+    switch (draw(random, 0, 11)) {
     case 0: strides[0] = 0, strides[1] = 0, parts = 1, strides[2] = strides[3] = 0; break;           /* tensor */
     case 1: strides[0] = heads, strides[1] = 1; break;                                               /* head */
     case 2: parts = channels, strides[0] = heads * parts, strides[1] = parts, strides[3] = 1; break; /* channel */
@@ -148,7 +148,7 @@ static void fill_scales(problem* made, generator* random, cpu_tensor* tensor, ex
     const bool even = chance(random, 30); /* all of them alike, about */
     tensor->scales = take(made, (size_t)count * sizeof(float));
     for (int64_t at = 0; at < count; at++) tensor->scales[at] = step * (even ? 1 : 0.5f + (float)draw_fraction(random));
-    if (!chance(random, tensor->precision == CPU_INT4 ? 50 : 20)) return;
+    if (!chance(random, tensor->precision == CPU_INT4 ? 50 : 10)) return;
     const int64_t largest = tensor->precision == CPU_INT4 ? 4 : 40;
     tensor->zero_points = take(made, (size_t)count * sizeof(int32_t));
     for (int64_t at = 0; at < count; at++) tensor->zero_points[at] = (int32_t)draw(random, -largest, largest);
