@@ -199,14 +199,15 @@ def install(*patterns: str) -> None:
         raise LeftOutError(f"needs {names} (Debian's names), and there is no apt-get")
     if os.geteuid() != 0:
         raise LeftOutError(f"needs {names}: needs root for apt-get")
-    run(["apt-get", "update"])
+    impatience = ["-o", "Acquire::http::Timeout=20", "-o", "Acquire::Retries=0"]
+    run(["apt-get", "update", *impatience])
     chosen = []
     for pattern in patterns:
         found = re.findall(r"^(\S+) - ", run(["apt-cache", "search", "--names-only", f"^{pattern}$"]).stdout, flags=re.M)
         if not found:
             raise LeftOutError(f"needs {pattern}, which apt-get does not find")
         chosen.append(max(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)]))
-    answer = run(["apt-get", "install", "--yes", "--no-install-recommends", *chosen], DEBIAN_FRONTEND="noninteractive")
+    answer = run(["apt-get", "install", "--yes", "--no-install-recommends", *impatience, *chosen], DEBIAN_FRONTEND="noninteractive")
     if answer.returncode != 0:
         raise LeftOutError(f"needs {names}, which apt-get does not install: {answer.stderr.strip().splitlines()[-1:]}")
 
