@@ -10,6 +10,7 @@
 
 #include "shared/conversion.h"
 #include "problems.h"
+#include "quantization.h"
 
 #include <inttypes.h>
 #include <math.h>
@@ -511,6 +512,14 @@ static bool names_set(const char* list, const char* name) {
     return false;
 }
 
+/* Whether a kernel quantises to the bits that it must. */
+static bool check_quantization(const cpu_quantization_kernel* kernel) {
+    const uint64_t digest = digest_of_quantization(kernel);
+    const bool same = digest == EXPECTED_DIGEST;
+    printf("%-52s digest %016" PRIx64 "%s\n", kernel->name, digest, same ? "" : ": FAILED");
+    return same;
+}
+
 int main(int argument_count, char** arguments) {
     const char *sets = NULL, *kernels = NULL;
     int64_t problems = 100, first = 0, work = 1 << 22;
@@ -565,6 +574,12 @@ int main(int argument_count, char** arguments) {
         if (TABLE[n].step == FORWARD) printf(", of logsumexp %.1e", counts[n].largest_logsumexp_error);
         printf("%s\n", passed ? "" : counts[n].problems > 0 ? ": FAILED" : ": served none");
         good &= passed;
+    }
+    if (kernels == NULL) {
+        if (!sets || names_set(sets, SET_NAMES[BASELINE])) good &= check_quantization(&quantization_reference);
+#if defined(__x86_64__)
+        if (sets ? names_set(sets, SET_NAMES[AVX2]) : processor_has(AVX2)) good &= check_quantization(&quantization_reference_avx2);
+#endif
     }
     return good ? 0 : 1;
 }
