@@ -78,11 +78,16 @@ static const table_line TABLE[] = {
     REFERENCE_LINES(fp64_reference_avx512, AVX512, FP64_ARITHMETIC),
     {&attention_forward_float_avx2, FORWARD, AVX2, FP32_ARITHMETIC, NULL},
     {&attention_forward_float_avx512, FORWARD, AVX512, FP32_ARITHMETIC, NULL},
+    {&attention_decode_float_avx2, FORWARD, AVX2, FP32_ARITHMETIC, NULL},
+    {&attention_decode_float_avx512, FORWARD, AVX512, FP32_ARITHMETIC, NULL},
+    {&attention_decode_int8_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, NULL},
+    {&attention_decode_int8_avx512, FORWARD, AVX512, INTEGER_ARITHMETIC, NULL},
     {&attention_forward_int8_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, NULL},
     {&attention_forward_int8_avxvnni, FORWARD, AVXVNNI, INTEGER_ARITHMETIC, &attention_forward_int8_avx2},
     {&attention_forward_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, NULL},
 #elif defined(__aarch64__)
     {&attention_forward_float_neon, FORWARD, NEON, FP32_ARITHMETIC, NULL},
+    {&attention_decode_float_neon, FORWARD, NEON, FP32_ARITHMETIC, NULL},
     {&attention_forward_int8_dotprod, FORWARD, DOTPROD, INTEGER_ARITHMETIC, NULL},
     {&attention_forward_int8_i8mm, FORWARD, I8MM, INTEGER_ARITHMETIC, &attention_forward_int8_dotprod},
 #endif
