@@ -273,11 +273,9 @@ static bool find_attended(const cpu_attention* attention, const head_position* a
         uint64_t attended = bits_between(maximum(range.first - first_column, 0), minimum(range.last - first_column, columns));
         if (workspace->additions && attended) {
             float* additions = workspace->additions + row * BLOCK_KEYS;
-            const head_position head = {.b = at->b, .h = place.h};
             const cpu_tensor* mask = &attention->mask;
-            const int64_t first = head.b * mask->strides[0] + head.h * mask->strides[1] + place.i * mask->strides[2];
-            const int64_t at = (first + first_column * mask->strides[3]) * element_bytes(mask->precision);
-            load_mask_line(mask, (const char*)mask->data + at, columns, additions);
+            const int64_t offset = row_offset(mask, at->b, place.h, place.i) + first_column * mask->strides[3];
+            load_mask_line(mask, (const char*)mask->data + offset * element_bytes(mask->precision), columns, additions);
             for (int64_t k = 0; k < columns; k++) attended &= ~((uint64_t)(additions[k] == -INFINITY) << k);
         }
         workspace->attended[row] = attended;
