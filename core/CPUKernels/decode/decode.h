@@ -274,9 +274,8 @@ static bool find_attended(const cpu_attention* attention, const head_position* a
         if (workspace->additions && attended) {
             float* additions = workspace->additions + row * BLOCK_KEYS;
             const cpu_tensor* mask = &attention->mask;
-            const int64_t offset = at->b * mask->strides[0] + place.h * mask->strides[1] + place.i * mask->strides[2];
-            const int64_t first = offset + first_column * mask->strides[3];
-            load_mask_line(mask, (const char*)mask->data + first * element_bytes(mask->precision), columns, additions);
+            const int64_t offset = row_offset(mask, at->b, place.h, place.i) + first_column * mask->strides[3];
+            load_mask_line(mask, (const char*)mask->data + offset * element_bytes(mask->precision), columns, additions);
             for (int64_t k = 0; k < columns; k++) attended &= ~((uint64_t)(additions[k] == -INFINITY) << k);
         }
         workspace->attended[row] = attended;
