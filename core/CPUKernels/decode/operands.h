@@ -75,13 +75,17 @@ static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int
     }
 }
 
+/* Where row `s` begins in the tensor's memory. */
+INLINE const char* row_in_memory(const operand* operand, int64_t s) {
+    const cpu_tensor* tensor = &operand->tensor;
+    return (const char*)tensor->data + row_offset(tensor, operand->b, operand->head, s) * row_bytes(tensor->precision, 2) / 2;
+}
+
 /* Row `s` of the tensor as its own elements, neighbours, padded with zeros. */
 static void copy_row(const operand* operand, int64_t s, char* copy) {
     const cpu_tensor* tensor = &operand->tensor;
     const int64_t channels = operand->channels, stride = tensor->strides[3];
-    const int64_t offset = row_offset(tensor, operand->b, operand->head, s);
-    const int64_t bytes = row_bytes(operand->precision, operand->padded);
-    memset(copy, 0, (size_t)bytes);
+    memset(copy, 0, (size_t)row_bytes(operand->precision, operand->padded));
     if (operand->dequantized) {
         load_row_float(tensor, operand->b, operand->head, s, channels, (float*)copy);
     } else if (tensor->precision == CPU_INT4) {
@@ -91,7 +95,7 @@ static void copy_row(const operand* operand, int64_t s, char* copy) {
         for (int64_t d = 0; d < channels; d += 2) copy[d / 2] = (char)int4_pair(scratch[d], scratch[d + 1]);
     } else {
         const int64_t size = element_bytes(tensor->precision);
-        const char* elements = (const char*)tensor->data + offset * size;
+        const char* elements = row_in_memory(operand, s);
         if (stride == 1) {
             memcpy(copy, elements, (size_t)(channels * size));
         } else {
@@ -118,10 +122,8 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     const cpu_tensor* tensor = &operand->tensor;
     operand->columns = columns;
     if (operand->in_place) {
-        const int64_t offset = row_offset(tensor, operand->b, operand->head, first);
-        operand->rows =
-            (const char*)tensor->data + (tensor->precision == CPU_INT4 ? offset / 2 : offset * element_bytes(tensor->precision));
-        operand->stride = tensor->precision == CPU_INT4 ? tensor->strides[2] / 2 : tensor->strides[2] * element_bytes(tensor->precision);
+        operand->rows = row_in_memory(operand, first);
+        operand->stride = tensor->strides[2] * row_bytes(operand->precision, 2) / 2;
     } else {
         operand->rows = operand->copies;
         operand->stride = row_bytes(operand->precision, operand->padded);
@@ -143,14 +145,13 @@ typedef struct {
     int64_t lines_at_once;
 } row_stream;
 
-/* The rows of `operand` from `first` on, at most `most`, to be fetched in `times` goes. */
+/* Rows first ..< first + rows, where they are read in place, to be fetched in `times` goes. */
 static row_stream stream_rows(const operand* operand, int64_t first, int64_t rows, int64_t times) {
     row_stream stream = {0};
     if (!operand->in_place || rows <= 0) return stream;
     stream.bytes = row_bytes(operand->precision, operand->channels);
-    const int64_t size = row_bytes(operand->precision, 2);
-    stream.row = (const char*)operand->tensor.data + row_offset(&operand->tensor, operand->b, operand->head, first) * size / 2;
-    stream.stride = operand->tensor.strides[2] * size / 2;
+    stream.row = row_in_memory(operand, first);
+    stream.stride = operand->tensor.strides[2] * row_bytes(operand->precision, 2) / 2;
     stream.rows = rows;
     stream.lines_at_once = divide_up(rows * divide_up(stream.bytes, CACHE_LINE), times);
     return stream;
