@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#define KERNEL_SUFFIX float_avx2
+#define KERNEL_TARGET "avx2,fma,f16c"
+#include "backward_float.h"
+#endif

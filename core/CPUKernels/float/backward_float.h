@@ -1,0 +1,596 @@
+/* Backward in FP32 on float and quantised operands: the gradients of queries, keys and values in one pass of five matrix products. This
+ * file is a template; the attention_backward_float_*.c files beside it instantiate it with
+ *
+ *   KERNEL_SUFFIX   the end of the kernels' names, such as float_avx2
+ *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
+ *
+ * An item is a tile of columns of one key head. It keeps the tile's keys and values, and the gradients of both, while it walks over the
+ * query rows of its group of heads:
+ *
+ *     S  = Q K^T      P  = exp(scale S - logsumexp)           dV += P^T dO       dQ += dS K
+ *     dP = dO V^T     dS = P (dP - d_values)                  dK += dS^T Q
+ *
+ * Tiles are [row][column], with columns in the lanes of vectors: keys and values are transposed once for an item, and queries and output
+ * gradients are used as they are, as scalars in the first two products and as vectors of channels in the next two. What masks leave out at
+ * the edges of a tile is not multiplied: every block of rows has its range of columns, and every column its range of rows.
+ *
+ * The gradient of a query sums over the columns of many items, and each adds its share in the order of the column tiles: a counter for each
+ * tile of rows says whose turn it is. Items are begun in their order, column tiles of one head far apart, so there is seldom a wait, and
+ * an item waits for items before it only. So no result depends on threads.
+ *
+ * Numerical contract: as the reference kernels, operands are dequantised to FP32, and all arithmetic is FP32. Sums over channels run in
+ * their order; sums over rows and columns run in order within a tile, and then over the tiles. Excluded terms are selected away, and tiles
+ * that are not finite, which one test a tile finds, take a careful path. */
+#include "../shared/naming.h"
+#include "cpu_kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <string.h>
+
+#define KERNEL_FP64 0
+
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
+#pragma clang diagnostic ignored "-Wunused-function" /* the headers serve other kernels too */
+#ifdef KERNEL_TARGET
+#pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
+#endif
+
+/* clang-format off: each file needs those before it */
+#include "../shared/conversion.h"
+#include "../shared/real.h"
+#include "../shared/multiply.h"
+#include "../shared/tile.h"
+/* clang-format on */
+
+enum {
+    PANEL = MULTIPLY_VECTORS * LANES, /* columns or channels that one block of a product has */
+    ROW_TILE = 64,                    /* query rows of a tile */
+};
+
+/* ---- Tiles and workspace ------------------------------------------------------------------------------------------------------------- */
+
+/* Columns of a tile, a multiple of PANEL: what an item keeps of them should stay in the second level cache. */
+static int64_t column_tile(const cpu_attention* attention) {
+    const int64_t channels = maximum(attention->head_dim, attention->head_dim_v);
+    return channels <= 64 ? 96 : 64;
+}
+
+static int64_t column_tiles(const cpu_attention* attention) {
+    return divide_up(attention->seq_len_kv, column_tile(attention));
+}
+
+static int64_t row_tiles(const cpu_attention* attention) {
+    return divide_up(attention->seq_len_q, ROW_TILE);
+}
+
+/* The pitch of rows of `count` numbers: an odd number of cache lines, so that rows spread over the sets of a cache. */
+static int64_t pitch_of(int64_t count) {
+    return (round_up(count, PANEL) / LANES | 1) * LANES;
+}
+
+typedef struct {
+    int64_t first, last;
+} span;
+
+typedef struct {
+    head_position position;
+    int64_t first_column, columns; /* of the tile: those that exist */
+    int64_t first_row, rows;
+    bool full;                   /* every element is attended */
+    bool keys_finite;            /* else `key` has 0 in place of what is not finite */
+    int64_t pitch, pitch_v;      /* of rows of head_dim and head_dim_v channels */
+    int64_t column_pitch;        /* of rows of columns */
+    real* key;                   /* [columns][pitch] */
+    real* key_panels;            /* [panel of columns][head_dim][PANEL] */
+    real* value_panels;          /* [panel of columns][head_dim_v][PANEL] */
+    real* query;                 /* [ROW_TILE][pitch] */
+    real* grad_output;           /* [ROW_TILE][pitch_v] */
+    real* weights;               /* [ROW_TILE][column_pitch]: dot products, then probabilities with dropout applied */
+    real* grad_scores;           /* [ROW_TILE][column_pitch]: dP, then the gradient of the scaled dot products */
+    real* additions;             /* [ROW_TILE][column_pitch], where there is a mask: what it adds to scores, -inf where it excludes */
+    real* dropout;               /* [columns], where there is dropout: the factors of a row */
+    real* grad_query;            /* [ROW_TILE][pitch] */
+    real* grad_key;              /* [columns][pitch] */
+    real* grad_value;            /* [columns][pitch_v] */
+    real* row;                   /* a row of channels */
+    real* logsumexp;             /* [ROW_TILE] */
+    real* offsets;               /* [ROW_TILE]: d_values less the gradient of logsumexp */
+    span columns_of[ROW_TILE];   /* what masks but the tensor leave to each row of the tile */
+} backward_workspace;
+
+static size_t backward_layout(const cpu_attention* attention, void* memory, backward_workspace* workspace) {
+    workspace_cursor cursor = {memory, 0};
+    const int64_t columns = column_tile(attention);
+    const int64_t pitch = pitch_of(attention->head_dim), pitch_v = pitch_of(attention->head_dim_v), column_pitch = pitch_of(columns);
+    workspace->pitch = pitch;
+    workspace->pitch_v = pitch_v;
+    workspace->column_pitch = column_pitch;
+    workspace->key = workspace_take_reals(&cursor, columns * pitch);
+    workspace->key_panels = workspace_take_reals(&cursor, columns * attention->head_dim);
+    workspace->value_panels = workspace_take_reals(&cursor, columns * attention->head_dim_v);
+    workspace->query = workspace_take_reals(&cursor, ROW_TILE * pitch);
+    workspace->grad_output = workspace_take_reals(&cursor, ROW_TILE * pitch_v);
+    workspace->weights = workspace_take_reals(&cursor, ROW_TILE * column_pitch);
+    workspace->grad_scores = workspace_take_reals(&cursor, ROW_TILE * column_pitch);
+    workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, ROW_TILE * column_pitch) : NULL;
+    workspace->dropout = attention->dropout_p > 0 ? workspace_take_reals(&cursor, columns) : NULL;
+    workspace->grad_query = workspace_take_reals(&cursor, ROW_TILE * pitch);
+    workspace->grad_key = workspace_take_reals(&cursor, columns * pitch);
+    workspace->grad_value = workspace_take_reals(&cursor, columns * pitch_v);
+    workspace->row = workspace_take_reals(&cursor, maximum(pitch, pitch_v));
+    workspace->logsumexp = workspace_take_reals(&cursor, ROW_TILE);
+    workspace->offsets = workspace_take_reals(&cursor, ROW_TILE);
+    return cursor.used;
+}
+
+static size_t backward_workspace_bytes(const cpu_attention* attention) {
+    return backward_layout(attention, NULL, &(backward_workspace){0});
+}
+
+/* ---- Sums of query gradients --------------------------------------------------------------------------------------------------------- */
+
+/* Where the gradients of a head's queries are summed, and whose turn it is: in the caller's memory where that holds FP32 in rows, else in
+ * shared memory behind the counters. */
+typedef struct {
+    _Atomic int32_t* turns; /* [row tiles]: the column tile that may add to a tile of rows */
+    char* sums;
+    int64_t row_bytes;
+    bool in_place;
+} query_sums;
+
+static bool sums_in_place(const cpu_attention* attention) {
+    return attention->grad_query.precision == CPU_FP32 && (attention->grad_query.strides[3] == 1 || attention->head_dim == 1);
+}
+
+static int64_t turn_bytes(const cpu_attention* attention) {
+    return round_up(attention->batch_size * attention->num_heads * row_tiles(attention) * (int64_t)sizeof(int32_t), WORKSPACE_ALIGNMENT);
+}
+
+static size_t backward_shared_bytes(const cpu_attention* attention) {
+    if (!attention->grad_query.data) return 0;
+    const int64_t rows = sums_in_place(attention) ? 0 : attention->batch_size * attention->num_heads * attention->seq_len_q;
+    return (size_t)turn_bytes(attention) + (size_t)(rows * attention->head_dim) * sizeof(real);
+}
+
+static query_sums locate_query_sums(const cpu_attention* attention, int64_t b, int64_t h) {
+    const int64_t head = b * attention->num_heads + h;
+    query_sums sums = {.in_place = sums_in_place(attention)};
+    sums.turns = (_Atomic int32_t*)attention->shared + head * row_tiles(attention);
+    if (sums.in_place) {
+        sums.sums = (char*)attention->grad_query.data + row_offset(&attention->grad_query, b, h, 0) * (int64_t)sizeof(real);
+        sums.row_bytes = attention->grad_query.strides[2] * (int64_t)sizeof(real);
+    } else {
+        sums.row_bytes = attention->head_dim * (int64_t)sizeof(real);
+        sums.sums = (char*)attention->shared + turn_bytes(attention) + head * attention->seq_len_q * sums.row_bytes;
+    }
+    return sums;
+}
+
+/* The tiles of columns that some row of a tile of rows attends, masks of tensors aside; last <= first: none. */
+static span column_tiles_of(const cpu_attention* attention, const head_position* position, int64_t row_tile) {
+    const int64_t first_row = row_tile * ROW_TILE, columns = column_tile(attention);
+    column_range range = columns_of_rows(attention, position, first_row, minimum(ROW_TILE, attention->seq_len_q - first_row));
+    if (range.last <= range.first) return (span){0, 0};
+    return (span){range.first / columns, divide_up(range.last, columns)};
+}
+
+static int64_t backward_prepare_items(const cpu_attention* attention) {
+    return attention->grad_query.data ? attention->batch_size * attention->num_heads * row_tiles(attention) : 0;
+}
+
+/* Clears the sums of a tile of rows, which is all that becomes of one without columns. */
+static void backward_prepare(const cpu_attention* attention, int64_t item, void* memory) {
+    const int64_t tiles = row_tiles(attention), row_tile = item % tiles, head = item / tiles;
+    const int64_t b = head / attention->num_heads, h = head % attention->num_heads, first_row = row_tile * ROW_TILE;
+    const head_position position = locate_head(attention, b, h);
+    const query_sums sums = locate_query_sums(attention, b, h);
+    const span columns = column_tiles_of(attention, &position, row_tile);
+    atomic_init(sums.turns + row_tile, (int32_t)columns.first);
+    for (int64_t row = first_row; row < minimum(first_row + ROW_TILE, attention->seq_len_q); row++) {
+        memset(sums.sums + row * sums.row_bytes, 0, (size_t)attention->head_dim * sizeof(real));
+        if (columns.last > columns.first || sums.in_place) continue;
+        memset(memory, 0, (size_t)attention->head_dim * sizeof(real));
+        store_row(&attention->grad_query, b, h, row, attention->head_dim, memory);
+    }
+}
+
+static void wait_for_turn(_Atomic int32_t* turn, int32_t mine) {
+    enum { PATIENCE = 1000 };
+    for (int64_t tries = 0; atomic_load_explicit(turn, memory_order_acquire) != mine; tries++) {
+        if (tries > PATIENCE) {
+            sched_yield(); /* whoever is before this item may lack a processor */
+            continue;
+        }
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+}
+
+/* Adds the tile's gradients of queries, unless all of them are 0, when its turn has come. The last tile of columns completes them. */
+static void add_to_query_sums(const cpu_attention* attention, backward_workspace* workspace, bool any) {
+    const head_position* at = &workspace->position;
+    const query_sums sums = locate_query_sums(attention, at->b, at->h);
+    const int64_t row_tile = workspace->first_row / ROW_TILE, head_dim = attention->head_dim;
+    const int64_t tile = workspace->first_column / column_tile(attention);
+    const bool complete = tile + 1 == column_tiles_of(attention, at, row_tile).last;
+    const real scale = (real)attention->softmax_scale;
+    wait_for_turn(sums.turns + row_tile, (int32_t)tile);
+    for (int64_t row = 0; row < workspace->rows && (any || complete); row++) {
+        float_in_memory* sum = (float_in_memory*)(sums.sums + (workspace->first_row + row) * sums.row_bytes);
+        const real* share = workspace->grad_query + row * workspace->pitch;
+        if (any) {
+            for (int64_t channel = 0; channel < head_dim; channel++) sum[channel] += share[channel];
+        }
+        if (!complete) continue;
+        for (int64_t channel = 0; channel < head_dim; channel++) workspace->row[channel] = sum[channel] * scale;
+        leave_score_space(&attention->query, workspace->row, head_dim);
+        store_row(&attention->grad_query, at->b, at->h, workspace->first_row + row, head_dim, workspace->row);
+    }
+    atomic_store_explicit(sums.turns + row_tile, (int32_t)tile + 1, memory_order_release);
+}
+
+/* ---- Loading ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Rows of a tensor, [rows][pitch], with 0 behind their channels. Returns whether all are finite. */
+static bool load_tile(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
+                      int64_t pitch) {
+    for (int64_t row = 0; row < rows; row++) {
+        load_row(tensor, b, h, first_row + row, channels, tile + row * pitch);
+        for (int64_t channel = channels; channel < pitch; channel++) tile[row * pitch + channel] = 0;
+    }
+    return rows_are_finite(tile, pitch, rows, channels);
+}
+
+/* Rows of a tile as panels of columns. What lies behind the rows is 0. */
+static void transpose_into_panels(const real* tile, int64_t pitch, int64_t rows, int64_t padded_rows, int64_t channels, real* panels) {
+    for (int64_t first = 0; first < padded_rows; first += PANEL) {
+        for (int64_t channel = 0; channel < channels; channel++) {
+            real* out = panels + first * channels + channel * PANEL;
+            for (int64_t k = 0; k < PANEL; k++) out[k] = first + k < rows ? tile[(first + k) * pitch + channel] : 0;
+        }
+    }
+}
+
+/* Puts 0 in place of what is not finite. */
+static void clear_what_is_not_finite(real* tile, int64_t pitch, int64_t rows, int64_t channels) {
+    copy_finite(tile, pitch, rows, channels, tile);
+}
+
+static void load_keys_and_values(const cpu_attention* attention, backward_workspace* workspace) {
+    const head_position* at = &workspace->position;
+    const int64_t columns = workspace->columns, padded = round_up(columns, PANEL);
+    const cpu_tensor key = score_operand(&attention->key);
+    /* Values are needed transposed only, so they may lie where their gradients will. */
+    load_tile(&attention->value, at->b, at->kv_head, workspace->first_column, columns, attention->head_dim_v, workspace->grad_value,
+              workspace->pitch_v);
+    transpose_into_panels(workspace->grad_value, workspace->pitch_v, columns, padded, attention->head_dim_v, workspace->value_panels);
+    workspace->keys_finite =
+        load_tile(&key, at->b, at->kv_head, workspace->first_column, columns, attention->head_dim, workspace->key, workspace->pitch);
+    transpose_into_panels(workspace->key, workspace->pitch, columns, padded, attention->head_dim, workspace->key_panels);
+    if (!workspace->keys_finite) clear_what_is_not_finite(workspace->key, workspace->pitch, columns, attention->head_dim);
+}
+
+static void load_statistics(const cpu_attention* attention, backward_workspace* workspace) {
+    const head_position* at = &workspace->position;
+    const int64_t first = (at->b * attention->num_heads + at->h) * attention->seq_len_q + workspace->first_row;
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        real offset = get_statistic(attention, attention->d_values, first + row);
+        if (attention->grad_logsumexp) offset -= get_statistic(attention, attention->grad_logsumexp, first + row);
+        workspace->logsumexp[row] = get_statistic(attention, attention->logsumexp, first + row);
+        workspace->offsets[row] = offset;
+    }
+}
+
+/* ---- Masks --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Finds what each row of the tile attends. False: nothing at all. */
+static bool place_tile(const cpu_attention* attention, backward_workspace* workspace) {
+    const head_position* at = &workspace->position;
+    const int64_t columns = workspace->columns;
+    bool any = false, full = attention->mask.data == NULL;
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        column_range range = columns_of_row(attention, at, workspace->first_row + row);
+        int64_t first = minimum(maximum(range.first - workspace->first_column, 0), columns);
+        int64_t last = maximum(minimum(range.last - workspace->first_column, columns), first);
+        workspace->columns_of[row] = (span){first, last};
+        any |= first < last;
+        full &= first == 0 && last == columns;
+    }
+    workspace->full = full;
+    if (!any || !attention->mask.data) return any;
+    any = false;
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        any |= load_mask(attention, at, workspace->first_row + row, 1, 1, workspace->first_column, columns,
+                         workspace->additions + row * workspace->column_pitch);
+    }
+    return any;
+}
+
+static bool is_attended_at(const backward_workspace* workspace, int64_t row, int64_t column) {
+    const span columns = workspace->columns_of[row];
+    if (column < columns.first || column >= columns.last) return false;
+    return !workspace->additions || workspace->additions[row * workspace->column_pitch + column] != -(real)INFINITY;
+}
+
+/* The columns that some row of first ..< first + rows attends. */
+static span columns_of_block(const backward_workspace* workspace, int64_t first, int64_t rows) {
+    span all = {INT64_MAX, 0};
+    for (int64_t row = first; row < first + rows; row++) {
+        const span columns = workspace->columns_of[row];
+        if (columns.first >= columns.last) continue;
+        all.first = minimum(all.first, columns.first);
+        all.last = maximum(all.last, columns.last);
+    }
+    return all.first < all.last ? all : (span){0, 0};
+}
+
+/* The rows that attend some column of first ..< first + columns; limits grow with the rows, so these have no gap that matters. */
+static span rows_of_block(const backward_workspace* workspace, int64_t first, int64_t columns) {
+    span all = {0, workspace->rows};
+    while (all.first < all.last && workspace->columns_of[all.first].last <= first) all.first++;
+    while (all.last > all.first && workspace->columns_of[all.last - 1].first >= first + columns) all.last--;
+    return all;
+}
+
+/* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Calls BLOCK(rows, first) for the blocks of rows of a product; the number of rows is a constant. */
+#define FOR_BLOCKS(total, BLOCK)                                          \
+    do {                                                                  \
+        int64_t block = 0;                                                \
+        for (; block + MULTIPLY_ROWS <= (total); block += MULTIPLY_ROWS) BLOCK(MULTIPLY_ROWS, block); \
+        for (; block + MULTIPLY_REST <= (total); block += MULTIPLY_REST) BLOCK(MULTIPLY_REST, block); \
+        for (; block < (total); block++) BLOCK(1, block);                 \
+    } while (0)
+
+/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. */
+static void multiply_by_panels(const backward_workspace* workspace, int64_t channels, const real* operand, int64_t pitch,
+                               const real* panels, real* out) {
+    const int64_t column_pitch = workspace->column_pitch;
+    for (int64_t column = 0; column < workspace->columns; column += PANEL) {
+#define BLOCK(count, row)                                                                                                         \
+    do {                                                                                                                          \
+        const span attended = workspace->full ? (span){0, workspace->columns} : columns_of_block(workspace, row, count);          \
+        if (attended.first >= column + PANEL || attended.last <= column) break;                                                   \
+        multiply_block(count, MULTIPLY_VECTORS, channels, operand + (row) * pitch, pitch, 1, panels + column * channels, PANEL,   \
+                       out + (row) * column_pitch + column, column_pitch, false);                                                 \
+    } while (0)
+        FOR_BLOCKS(workspace->rows, BLOCK);
+#undef BLOCK
+    }
+}
+
+/* gradient[column][channel] += sum over rows of factors[row][column] * operand[row][channel]. */
+static void accumulate_over_rows(const backward_workspace* workspace, int64_t channels, const real* factors, const real* operand,
+                                 int64_t pitch, real* gradient) {
+    const int64_t column_pitch = workspace->column_pitch;
+    for (int64_t channel = 0; channel < channels; channel += PANEL) {
+#define BLOCK(count, column)                                                                                                       \
+    do {                                                                                                                           \
+        const span rows = workspace->full ? (span){0, workspace->rows} : rows_of_block(workspace, column, count);                  \
+        if (rows.first >= rows.last) break;                                                                                        \
+        multiply_block(count, MULTIPLY_VECTORS, rows.last - rows.first, factors + rows.first * column_pitch + (column), 1,         \
+                       column_pitch, operand + rows.first * pitch + channel, pitch, gradient + (column) * pitch + channel, pitch,  \
+                       true);                                                                                                      \
+    } while (0)
+        FOR_BLOCKS(workspace->columns, BLOCK);
+#undef BLOCK
+    }
+}
+
+/* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel]. */
+static void multiply_by_keys(const backward_workspace* workspace, int64_t channels) {
+    const int64_t column_pitch = workspace->column_pitch, pitch = workspace->pitch;
+    for (int64_t channel = 0; channel < channels; channel += PANEL) {
+#define BLOCK(count, row)                                                                                                          \
+    do {                                                                                                                           \
+        const span columns = workspace->full ? (span){0, workspace->columns} : columns_of_block(workspace, row, count);            \
+        multiply_block(count, MULTIPLY_VECTORS, columns.last - columns.first,                                                      \
+                       workspace->grad_scores + (row) * column_pitch + columns.first, column_pitch, 1,                             \
+                       workspace->key + columns.first * pitch + channel, pitch, workspace->grad_query + (row) * pitch + channel,   \
+                       pitch, false);                                                                                              \
+    } while (0)
+        FOR_BLOCKS(workspace->rows, BLOCK);
+#undef BLOCK
+    }
+}
+
+/* ---- Gradients of scores ------------------------------------------------------------------------------------------------------------- */
+
+/* For one row: dot products become weights, dP becomes the gradient of the scaled dot products. Both are 0 where the row attends nothing,
+ * and stay as they are in columns behind the tile's last. `plain`: no option changes scores or weights; `whole`: every column is attended.
+ */
+INLINE void differentiate_row(const cpu_attention* attention, const backward_workspace* workspace, int64_t row, const bool plain,
+                              const bool whole) {
+    const head_position* at = &workspace->position;
+    const span columns = workspace->columns_of[row];
+    const real scale = (real)attention->softmax_scale, softcap = plain ? 0 : softcap_of(attention);
+    const vector logsumexp = vector_of(workspace->logsumexp[row]), offset = vector_of(workspace->offsets[row]);
+    real* weights = workspace->weights + row * workspace->column_pitch;
+    real* grad_scores = workspace->grad_scores + row * workspace->column_pitch;
+    const real* additions = !plain && workspace->additions ? workspace->additions + row * workspace->column_pitch : NULL;
+    const real* dropout = plain ? NULL : workspace->dropout;
+    const bool has_slope = !plain && attention->alibi_slopes != NULL;
+    const real slope = has_slope ? get_statistic(attention, attention->alibi_slopes, at->h) : 0;
+    const real diagonal = (real)(workspace->first_row + row + at->offset - workspace->first_column);
+    if (dropout) {
+        load_dropout(attention, at, workspace->first_row + row, 1, workspace->first_column, workspace->columns, workspace->dropout);
+    }
+    vector lane_columns;
+    for (int lane = 0; lane < LANES; lane++) lane_columns[lane] = (real)lane;
+    for (int64_t column = 0; column < workspace->columns; column += LANES) {
+        if (!whole && (columns.first >= column + LANES || columns.last <= column)) {
+            vector_store(weights + column, vector_of(0));
+            vector_store(grad_scores + column, vector_of(0));
+            continue;
+        }
+        const vector place = lane_columns + (real)column;
+        vector score = vector_load(weights + column) * scale, cap_slope = vector_of(1);
+        vector_mask attended = (place >= (real)columns.first) & (place < (real)columns.last);
+        if (softcap > 0) {
+            vector capped = vector_tanh(score / softcap);
+            score = softcap * capped;
+            cap_slope = 1 - capped * capped;
+        }
+        if (additions) {
+            vector addition = vector_load(additions + column);
+            score += addition;
+            attended &= ~(addition == -(real)INFINITY);
+        }
+        if (has_slope) {
+            vector distance = diagonal - place;
+            score -= slope * vector_select(distance < 0, -distance, distance);
+        }
+        vector weight = vector_exp(score - logsumexp);
+        vector gradient = vector_load(grad_scores + column);
+        if (dropout) gradient *= vector_load(dropout + column);
+        gradient = weight * (gradient - offset);
+        if (softcap > 0) gradient *= cap_slope;
+        if (dropout) weight *= vector_load(dropout + column);
+        if (!whole) {
+            weight = vector_select(attended, weight, vector_of(0));
+            gradient = vector_select(attended, gradient, vector_of(0));
+        }
+        vector_store(weights + column, weight);
+        vector_store(grad_scores + column, gradient);
+    }
+}
+
+static void differentiate(const cpu_attention* attention, const backward_workspace* workspace) {
+    const bool plain = !(softcap_of(attention) > 0) && !attention->mask.data && !attention->alibi_slopes && !workspace->dropout;
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        if (!plain) {
+            differentiate_row(attention, workspace, row, false, false);
+        } else if (workspace->full) {
+            differentiate_row(attention, workspace, row, true, true);
+        } else {
+            differentiate_row(attention, workspace, row, true, false);
+        }
+    }
+}
+
+/* ---- What is not finite -------------------------------------------------------------------------------------------------------------- */
+
+/* Queries whose keys are not finite become NaN in those channels; the panels still have the keys as they were. */
+static void poison_grad_query(const cpu_attention* attention, backward_workspace* workspace) {
+    const int64_t head_dim = attention->head_dim;
+    for (int64_t column = 0; column < workspace->columns; column++) {
+        const real* key = workspace->key_panels + column / PANEL * PANEL * head_dim + column % PANEL;
+        for (int64_t channel = 0; channel < head_dim; channel++) {
+            if (key[channel * PANEL] - key[channel * PANEL] == 0) continue;
+            for (int64_t row = 0; row < workspace->rows; row++) {
+                if (is_attended_at(workspace, row, column)) workspace->grad_query[row * workspace->pitch + channel] = NAN;
+            }
+        }
+    }
+}
+
+/* Columns attended by a row that is not finite become NaN in its channels, and then the row is made finite. */
+static void poison_columns(const backward_workspace* workspace, real* operand, int64_t pitch, int64_t channels, real* gradient) {
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        for (int64_t channel = 0; channel < channels; channel++) {
+            const real value = operand[row * pitch + channel];
+            if (value - value == 0) continue;
+            for (int64_t column = 0; column < workspace->columns; column++) {
+                if (is_attended_at(workspace, row, column)) gradient[column * pitch + channel] = NAN;
+            }
+        }
+    }
+    clear_what_is_not_finite(operand, pitch, workspace->rows, channels);
+}
+
+/* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Tiles of the same columns of all heads follow one another, so that two that add to the same queries are seldom worked on at once. */
+static int64_t backward_items(const cpu_attention* attention) {
+    return attention->batch_size * attention->num_kv_heads * column_tiles(attention);
+}
+
+/* One tile of rows of the head at the workspace's position, against the item's columns. */
+static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t row_tile) {
+    const head_position* at = &workspace->position;
+    const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
+    const int64_t pitch = workspace->pitch, pitch_v = workspace->pitch_v;
+    const bool wants_query = attention->grad_query.data != NULL;
+    const cpu_tensor query = score_operand(&attention->query);
+    workspace->first_row = row_tile * ROW_TILE;
+    workspace->rows = minimum(ROW_TILE, attention->seq_len_q - workspace->first_row);
+    if (!place_tile(attention, workspace)) {
+        if (wants_query) add_to_query_sums(attention, workspace, false);
+        return;
+    }
+    load_statistics(attention, workspace);
+    const bool query_finite =
+        load_tile(&query, at->b, at->h, workspace->first_row, workspace->rows, head_dim, workspace->query, pitch);
+    const bool grad_output_finite = load_tile(&attention->grad_output, at->b, at->h, workspace->first_row, workspace->rows, head_dim_v,
+                                              workspace->grad_output, pitch_v);
+    multiply_by_panels(workspace, head_dim, workspace->query, pitch, workspace->key_panels, workspace->weights);
+    multiply_by_panels(workspace, head_dim_v, workspace->grad_output, pitch_v, workspace->value_panels, workspace->grad_scores);
+    differentiate(attention, workspace);
+    if (attention->grad_value.data) {
+        if (!grad_output_finite) poison_columns(workspace, workspace->grad_output, pitch_v, head_dim_v, workspace->grad_value);
+        accumulate_over_rows(workspace, head_dim_v, workspace->weights, workspace->grad_output, pitch_v, workspace->grad_value);
+    }
+    if (attention->grad_key.data) {
+        if (!query_finite) poison_columns(workspace, workspace->query, pitch, head_dim, workspace->grad_key);
+        accumulate_over_rows(workspace, head_dim, workspace->grad_scores, workspace->query, pitch, workspace->grad_key);
+    }
+    if (wants_query) {
+        multiply_by_keys(workspace, head_dim);
+        if (!workspace->keys_finite) poison_grad_query(attention, workspace);
+        add_to_query_sums(attention, workspace, true);
+    }
+}
+
+static void backward_run(const cpu_attention* attention, int64_t item, void* memory) {
+    backward_workspace workspace;
+    backward_layout(attention, memory, &workspace);
+    const int64_t heads = attention->batch_size * attention->num_kv_heads, group = attention->num_heads / attention->num_kv_heads;
+    const int64_t b = item % heads / attention->num_kv_heads, kv_head = item % heads % attention->num_kv_heads;
+    const int64_t tile = item / heads, pitch = workspace.pitch, pitch_v = workspace.pitch_v;
+    workspace.first_column = tile * column_tile(attention);
+    workspace.position = locate_head(attention, b, kv_head * group);
+    workspace.columns = minimum(column_tile(attention), workspace.position.keys - workspace.first_column);
+    if (workspace.columns > 0) load_keys_and_values(attention, &workspace);
+    memset(workspace.grad_key, 0, (size_t)(column_tile(attention) * pitch) * sizeof(real));
+    memset(workspace.grad_value, 0, (size_t)(column_tile(attention) * pitch_v) * sizeof(real));
+
+    for (int64_t h = kv_head * group; workspace.columns > 0 && h < (kv_head + 1) * group; h++) {
+        workspace.position = locate_head(attention, b, h);
+        for (int64_t row_tile = 0; row_tile < row_tiles(attention); row_tile++) {
+            const span columns = column_tiles_of(attention, &workspace.position, row_tile);
+            if (tile >= columns.first && tile < columns.last) run_tile(attention, &workspace, row_tile);
+        }
+    }
+    const int64_t stored = minimum(column_tile(attention), attention->seq_len_kv - workspace.first_column);
+    for (int64_t k = 0; k < stored; k++) {
+        real* grad_key = workspace.grad_key + k * pitch;
+        for (int64_t channel = 0; channel < attention->head_dim; channel++) grad_key[channel] *= (real)attention->softmax_scale;
+        leave_score_space(&attention->key, grad_key, attention->head_dim);
+        const int64_t column = workspace.first_column + k;
+        if (attention->grad_key.data) store_row(&attention->grad_key, b, kv_head, column, attention->head_dim, grad_key);
+        if (attention->grad_value.data) {
+            store_row(&attention->grad_value, b, kv_head, column, attention->head_dim_v, workspace.grad_value + k * pitch_v);
+        }
+    }
+}
+
+#ifdef KERNEL_TARGET
+#pragma clang attribute pop
+#endif
+#pragma clang diagnostic pop
+
+const cpu_attention_kernel KERNEL_NAME(attention_backward, KERNEL_SUFFIX) = {
+    .name = "attention_backward_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .shared_bytes = backward_shared_bytes,
+    .prepare_items = backward_prepare_items,
+    .prepare = backward_prepare,
+    .item_count = backward_items,
+    .workspace_bytes = backward_workspace_bytes,
+    .run = backward_run,
+};
