@@ -116,6 +116,8 @@ struct KernelTable {
 
         #if arch(x86_64)
         add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
+        add(.float, .forward, .fp32, .avx512, attention_forward_float_avx512)
+        add(.float, .forward, .fp32, .avx2, attention_forward_float_avx2)
         reference(.forward, .fp32, .avx512, attention_forward_fp32_reference_avx512)
         reference(.dValues, .fp32, .avx512, attention_d_values_fp32_reference_avx512)
         reference(.backwardQuery, .fp32, .avx512, attention_backward_query_fp32_reference_avx512)
@@ -136,6 +138,8 @@ struct KernelTable {
         reference(.backwardQuery, .fp64, .avx2, attention_backward_query_fp64_reference_avx2)
         reference(.backwardKeyValue, .fp64, .avx2, attention_backward_key_value_fp64_reference_avx2)
         reference(.backwardBias, .fp64, .avx2, attention_backward_bias_fp64_reference_avx2)
+        #elseif arch(arm64)
+        add(.float, .forward, .fp32, .baseline, attention_forward_float_neon)
         #endif
         reference(.forward, .fp32, .baseline, attention_forward_fp32_reference)
         reference(.dValues, .fp32, .baseline, attention_d_values_fp32_reference)

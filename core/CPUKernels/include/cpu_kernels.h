@@ -144,6 +144,15 @@ CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx512)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
+/* Kernels of FP32 arithmetic. They serve all operands but FP64. */
+#if defined(__x86_64__)
+extern const cpu_attention_kernel attention_forward_float_avx2;
+extern const cpu_attention_kernel attention_forward_float_avx512;
+#elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_forward_float_neon;
+#endif
+
+/* Kernels that multiply codes as integers. */
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #endif

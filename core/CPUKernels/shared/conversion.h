@@ -41,8 +41,13 @@ static inline float float_from_bits(uint32_t bits) {
     return value;
 }
 
-/* FP16 to FP32, exact. */
+/* FP16 to FP32, exact. KERNEL_HALF: the instruction set has it. */
 static inline float float_from_half(uint16_t half) {
+#if defined(KERNEL_HALF) || defined(__aarch64__)
+    _Float16 value;
+    memcpy(&value, &half, sizeof value);
+    return (float)value;
+#else
     const uint32_t magnitude = (uint32_t)(half & 0x7fff) << 13;
     const uint32_t sign = (uint32_t)(half & 0x8000) << 16;
     const uint32_t rebias = 112u << 23; /* the exponents' biases are 127 and 15 */
@@ -51,6 +56,7 @@ static inline float float_from_half(uint16_t half) {
     const uint32_t denormal = bits_from_float(float_from_bits(magnitude + rebias + (1u << 23)) - float_from_bits(rebias + (1u << 23)));
     const uint32_t normal = magnitude + rebias + (magnitude >= 31u << 23 ? rebias : 0); /* Inf and NaN: exponent 31 becomes 255 */
     return float_from_bits(sign | (magnitude < 1u << 23 ? denormal : normal));
+#endif
 }
 
 /* FP32 to FP16, to nearest, ties to even; too large becomes Inf, NaN stays NaN. */

@@ -4,10 +4,13 @@
  * LANES query rows. Column tiles begin at multiples of TILE_COLUMNS whatever the limits are: a row's sums are then the same with and
  * without padding behind kv_lengths, whichever tiles are skipped. */
 
+#ifndef KERNEL_TILE_ROWS
+#define KERNEL_TILE_ROWS 64
+#endif
 #ifndef KERNEL_TILE_COLUMNS
 #define KERNEL_TILE_COLUMNS 64
 #endif
-enum { TILE_ROWS = 64, TILE_COLUMNS = KERNEL_TILE_COLUMNS };
+enum { TILE_ROWS = KERNEL_TILE_ROWS, TILE_COLUMNS = KERNEL_TILE_COLUMNS };
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 

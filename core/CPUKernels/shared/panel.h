@@ -1,0 +1,74 @@
+/* The matrix product of fast kernels, on a panel of query rows whose lanes lie beside each other:
+ *
+ *     c[n][lane] = sum over k of a[n * a_row + k * a_depth] * b[k][lane]      (+ rescale[lane] * the old c[n][lane])
+ *
+ * with scalars of `a` broadcast against vectors of `b`. `b`, `c` and `rescale` are aligned, their rows follow each other. Each element sums
+ * over k in order; its value does not depend on the other rows and lanes. */
+
+/* Accumulators fill the registers beside the vectors of b and a scalar of a: with AVX2, 6 rows by one vector of two registers are 12 of 16,
+ * with AVX-512, 6 by 4 are 24 of 32, with NEON 6 by one vector of four registers 24 of 32. A rest of four rows still hides the latency of
+ * two multiply-adds a cycle, fewer do not. */
+enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
+
+/* `rows` and `vectors` are constants wherever this is inlined. */
+INLINE void multiply_panel_rows(const int rows, const int vectors, int64_t depth, const real* a, int64_t a_row, int64_t a_depth,
+                                const real* b, real* c, const real* rescale) {
+    vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+    for (int row = 0; row < rows; row++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) sums[row][v] = vector_of(0);
+    }
+    for (int64_t k = 0; k < depth; k++) {
+        vector b_vectors[KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) b_vectors[v] = vector_load(b + (k * vectors + v) * LANES);
+#pragma clang loop unroll(full)
+        for (int row = 0; row < rows; row++) {
+            vector factor = vector_of(a[row * a_row + k * a_depth]);
+#pragma clang loop unroll(full)
+            for (int v = 0; v < vectors; v++) sums[row][v] += factor * b_vectors[v];
+        }
+    }
+#pragma clang loop unroll(full)
+    for (int row = 0; row < rows; row++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) {
+            real* at = c + (row * vectors + v) * LANES;
+            if (rescale) sums[row][v] += vector_load(at) * vector_load(rescale + v * LANES);
+            vector_store(at, sums[row][v]);
+        }
+    }
+}
+
+/* For a panel of a constant number of vectors. */
+INLINE void multiply_panel_of(const int vectors, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
+                              real* c, const real* rescale) {
+#define MULTIPLY_ROWS_OF_PANEL(count) \
+    multiply_panel_rows(count, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * vectors * LANES, rescale)
+    int64_t row = 0;
+    for (; rows - row >= PRODUCT_ROWS && rows - row != 2 * PRODUCT_REST && rows - row != 2 * PRODUCT_REST - 1; row += PRODUCT_ROWS) {
+        MULTIPLY_ROWS_OF_PANEL(PRODUCT_ROWS);
+    }
+    for (; rows - row >= PRODUCT_REST; row += PRODUCT_REST) MULTIPLY_ROWS_OF_PANEL(PRODUCT_REST);
+    switch (rows - row) {
+    case 3: MULTIPLY_ROWS_OF_PANEL(3); break;
+    case 2: MULTIPLY_ROWS_OF_PANEL(2); break;
+    case 1: MULTIPLY_ROWS_OF_PANEL(1); break;
+    default: break;
+    }
+#undef MULTIPLY_ROWS_OF_PANEL
+}
+
+/* `lanes` is a multiple of LANES, at most PANEL_ROWS. */
+static void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
+                           real* c, const real* rescale) {
+    switch (lanes / LANES) {
+    case 1: multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+#if KERNEL_PANEL_VECTORS > 1
+    case 2: multiply_panel_of(2, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+    case 3: multiply_panel_of(3, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+    default: multiply_panel_of(4, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+#endif
+    }
+}
