@@ -3,6 +3,7 @@
  *
  *   KERNEL_SUFFIX   the end of the kernels' names, such as float_avx2
  *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
+ *   KERNEL_PANEL_VECTORS  vectors of columns or channels in a block of a product: 1, or 2 with registers of 64 bytes
  *
  * An item is a tile of columns of one key head. It keeps the tile's keys and values, and the gradients of both, while it walks over the
  * query rows of its group of heads:
@@ -49,11 +50,7 @@
 /* A block of accumulators beside the vectors of one operand and a scalar of the other: with AVX2, 6 rows by one vector of two registers are
  * 12 of 16 registers; with AVX-512, 8 by 2 are 16 of 32; with NEON, 6 by one vector of four registers 24 of 32. A rest of four rows still
  * hides the latency of two multiply-adds a cycle. */
-#if KERNEL_PANEL_VECTORS > 1
-enum { BLOCK_ROWS = 8, BLOCK_REST = 4, BLOCK_VECTORS = 2 };
-#else
-enum { BLOCK_ROWS = 6, BLOCK_REST = 4, BLOCK_VECTORS = 1 };
-#endif
+enum { BLOCK_VECTORS = KERNEL_PANEL_VECTORS, BLOCK_ROWS = BLOCK_VECTORS > 1 ? 8 : 6, BLOCK_REST = 4 };
 
 /* Tiles are whole blocks, and what an item keeps of its columns and rows should stay in a second level cache of 512 KB. */
 enum {
@@ -675,6 +672,52 @@ static void backward_run(const cpu_attention* attention, int64_t item, void* mem
     }
 }
 
+/* ---- d_values ------------------------------------------------------------------------------------------------------------------------ */
+
+/* From the output, where it is there: to recompute it is left to the reference kernels. */
+static bool d_values_serves(const cpu_attention* attention) {
+    return attention->output.data != NULL;
+}
+
+static int64_t d_values_items(const cpu_attention* attention) {
+    return attention->batch_size * attention->num_heads * row_tiles(attention);
+}
+
+static size_t d_values_workspace_bytes(const cpu_attention* attention) {
+    return (size_t)(2 * pitch_of(attention->head_dim_v) + COLUMN_TILE) * sizeof(real);
+}
+
+/* Whether masks exclude every column of a row. `additions` has room for COLUMN_TILE numbers. */
+static bool row_is_empty(const cpu_attention* attention, const head_position* position, int64_t row, real* additions) {
+    const column_range range = columns_of_row(attention, position, row);
+    bool any = false;
+    for (int64_t column = range.first; column < range.last && !any; column += COLUMN_TILE) {
+        any = !attention->mask.data ||
+              load_mask(attention, position, row, 1, 1, column, minimum(COLUMN_TILE, range.last - column), additions);
+    }
+    return !any;
+}
+
+static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
+    const int64_t tiles = row_tiles(attention), head = item / tiles, first_row = item % tiles * ROW_TILE;
+    const int64_t b = head / attention->num_heads, h = head % attention->num_heads;
+    const int64_t channels = attention->head_dim_v, pitch = pitch_of(channels);
+    const head_position position = locate_head(attention, b, h);
+    real *output = memory, *grad_output = output + pitch, *additions = grad_output + pitch;
+    for (int64_t row = first_row; row < minimum(first_row + ROW_TILE, attention->seq_len_q); row++) {
+        load_tile(&attention->output, b, h, row, 1, channels, output, pitch);
+        load_tile(&attention->grad_output, b, h, row, 1, channels, grad_output, pitch);
+        vector products = vector_of(0);
+        for (int64_t channel = 0; channel < channels; channel += LANES) {
+            products += vector_load(output + channel) * vector_load(grad_output + channel);
+        }
+        real sum = 0;
+        for (int lane = 0; lane < LANES; lane++) sum += products[lane];
+        if (sum - sum != 0 && row_is_empty(attention, &position, row, additions)) sum = 0;
+        set_statistic(attention, attention->d_values, head * attention->seq_len_q + row, sum);
+    }
+}
+
 #ifdef KERNEL_TARGET
 #pragma clang attribute pop
 #endif
@@ -688,4 +731,12 @@ const cpu_attention_kernel KERNEL_NAME(attention_backward, KERNEL_SUFFIX) = {
     .item_count = backward_items,
     .workspace_bytes = backward_workspace_bytes,
     .run = backward_run,
+};
+
+const cpu_attention_kernel KERNEL_NAME(attention_d_values, KERNEL_SUFFIX) = {
+    .name = "attention_d_values_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .serves = d_values_serves,
+    .item_count = d_values_items,
+    .workspace_bytes = d_values_workspace_bytes,
+    .run = d_values_run,
 };
