@@ -59,6 +59,7 @@ enum {
     COLUMN_TILE = 96,              /* key columns of a tile with up to FEW_CHANNELS channels */
     SMALL_COLUMN_TILE = BLOCK_VECTORS > 1 ? 64 : 48,
     FEW_CHANNELS = 64,
+    GROUP = 48, /* rows or columns whose scalars stay in the first level cache */
 };
 
 /* ---- Tiles and workspace ------------------------------------------------------------------------------------------------------------- */
@@ -431,45 +432,53 @@ static int64_t block_rows(int64_t rest) {
     return rest >= BLOCK_ROWS ? BLOCK_ROWS : rest >= BLOCK_REST ? BLOCK_REST : 1;
 }
 
-/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. */
+/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. The panels stay in
+ * the first level cache. */
 static void multiply_by_panels(const backward_workspace* workspace, int64_t channels, const real* operand, int64_t pitch,
                                const real* panels, real* out) {
     const int64_t column_pitch = workspace->column_pitch;
-    for (int64_t column = 0; column < workspace->columns; column += PANEL) {
-        for (int64_t row = 0, count; row < workspace->rows; row += count) {
-            count = block_rows(workspace->rows - row);
-            const span attended = columns_of_block(workspace, row, count);
-            if (attended.first >= column + PANEL || attended.last <= column) continue;
+    for (int64_t row = 0, count; row < workspace->rows; row += count) {
+        count = block_rows(workspace->rows - row);
+        const span attended = columns_of_block(workspace, row, count);
+        for (int64_t column = attended.first / PANEL * PANEL; column < attended.last; column += PANEL) {
             multiply_rows(count, channels, operand + row * pitch, pitch, panels + column * channels, PANEL,
                           out + row * column_pitch + column, column_pitch);
         }
     }
 }
 
-/* gradient[column][channel] += sum over rows of factors[row][column] * operand[row][channel]. */
+/* gradient[column][channel] += sum over rows of factors[row][column] * operand[row][channel]. The factors of a group of columns stay in the
+ * first level cache. */
 static void accumulate_over_rows(const backward_workspace* workspace, int64_t channels, const real* factors, const real* operand,
                                  int64_t pitch, real* gradient) {
     const int64_t column_pitch = workspace->column_pitch;
-    for (int64_t channel = 0; channel < channels; channel += PANEL) {
-        for (int64_t column = 0, count; column < workspace->columns; column += count) {
-            count = block_rows(workspace->columns - column);
-            const span rows = rows_of_block(workspace, column, count);
-            if (rows.first >= rows.last) continue;
-            accumulate_rows(count, rows.last - rows.first, factors + rows.first * column_pitch + column, column_pitch,
-                            operand + rows.first * pitch + channel, pitch, gradient + column * pitch + channel, pitch);
+    for (int64_t group = 0; group < workspace->columns; group += GROUP) {
+        const int64_t end = minimum(group + GROUP, workspace->columns);
+        for (int64_t channel = 0; channel < channels; channel += PANEL) {
+            for (int64_t column = group, count; column < end; column += count) {
+                count = block_rows(end - column);
+                const span rows = rows_of_block(workspace, column, count);
+                if (rows.first >= rows.last) continue;
+                accumulate_rows(count, rows.last - rows.first, factors + rows.first * column_pitch + column, column_pitch,
+                                operand + rows.first * pitch + channel, pitch, gradient + column * pitch + channel, pitch);
+            }
         }
     }
 }
 
-/* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel]. */
+/* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel], in groups of rows likewise. */
 static void multiply_by_keys(const backward_workspace* workspace, int64_t channels) {
     const int64_t column_pitch = workspace->column_pitch, pitch = workspace->pitch;
-    for (int64_t channel = 0; channel < channels; channel += PANEL) {
-        for (int64_t row = 0, count; row < workspace->rows; row += count) {
-            count = block_rows(workspace->rows - row);
-            const span columns = columns_of_block(workspace, row, count);
-            multiply_rows(count, columns.last - columns.first, workspace->grad_scores + row * column_pitch + columns.first, column_pitch,
-                          workspace->key + columns.first * pitch + channel, pitch, workspace->grad_query + row * pitch + channel, pitch);
+    for (int64_t group = 0; group < workspace->rows; group += GROUP) {
+        const int64_t end = minimum(group + GROUP, workspace->rows);
+        for (int64_t channel = 0; channel < channels; channel += PANEL) {
+            for (int64_t row = group, count; row < end; row += count) {
+                count = block_rows(end - row);
+                const span columns = columns_of_block(workspace, row, count);
+                multiply_rows(count, columns.last - columns.first, workspace->grad_scores + row * column_pitch + columns.first,
+                              column_pitch, workspace->key + columns.first * pitch + channel, pitch,
+                              workspace->grad_query + row * pitch + channel, pitch);
+            }
         }
     }
 }
