@@ -56,9 +56,9 @@ enum { BLOCK_VECTORS = KERNEL_PANEL_VECTORS, BLOCK_ROWS = BLOCK_VECTORS > 1 ? 8 
 enum {
     PANEL = BLOCK_VECTORS * LANES, /* columns or channels of a block */
     ROW_TILE = 96,                 /* query rows of a tile */
-    COLUMN_TILE = 96,              /* key columns of a tile with up to FEW_CHANNELS channels */
+    COLUMN_TILE = 96,              /* key columns of a tile with up to FEW_CHANNELS channels, else the smaller number */
     SMALL_COLUMN_TILE = BLOCK_VECTORS > 1 ? 64 : 48,
-    FEW_CHANNELS = 64,
+    FEW_CHANNELS = 128,
     GROUP = 48, /* rows or columns whose scalars stay in the first level cache */
 };
 
@@ -278,6 +278,21 @@ static bool load_tile(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t fi
     return !vector_any(~finite);
 }
 
+/* Asks for memory that will be needed while the next products run. */
+static void prefetch(const char* address, int64_t bytes) {
+    for (int64_t byte = 0; byte < bytes; byte += WORKSPACE_ALIGNMENT) __builtin_prefetch(address + byte, 0, 2);
+}
+
+/* Rows row ..< row + rows of the next tile of rows. */
+static void prefetch_next_tile(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor, int64_t row,
+                               int64_t rows, int64_t channels) {
+    const head_position* at = &workspace->position;
+    const int64_t first = workspace->first_row + ROW_TILE + row, size = element_bytes(tensor->precision);
+    for (int64_t next = first; next < minimum(first + rows, attention->seq_len_q); next++) {
+        prefetch((const char*)tensor->data + row_offset(tensor, at->b, at->h, next) * size, channels * size);
+    }
+}
+
 /* Rows of a tile as panels of columns. What lies behind the rows is 0. */
 static void transpose_into_panels(const real* tile, int64_t pitch, int64_t rows, int64_t channels, real* panels) {
     for (int64_t first = 0; first < rows; first += PANEL) {
@@ -432,17 +447,21 @@ static int64_t block_rows(int64_t rest) {
     return rest >= BLOCK_ROWS ? BLOCK_ROWS : rest >= BLOCK_REST ? BLOCK_REST : 1;
 }
 
-/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. The panels stay in
- * the first level cache. */
-static void multiply_by_panels(const backward_workspace* workspace, int64_t channels, const real* operand, int64_t pitch,
-                               const real* panels, real* out) {
+/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. The panels of a group
+ * of columns stay in the first level cache. `operand` has the rows of `tensor`. */
+static void multiply_by_panels(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor,
+                               int64_t channels, const real* operand, int64_t pitch, const real* panels, real* out) {
     const int64_t column_pitch = workspace->column_pitch;
-    for (int64_t row = 0, count; row < workspace->rows; row += count) {
-        count = block_rows(workspace->rows - row);
-        const span attended = columns_of_block(workspace, row, count);
-        for (int64_t column = attended.first / PANEL * PANEL; column < attended.last; column += PANEL) {
-            multiply_rows(count, channels, operand + row * pitch, pitch, panels + column * channels, PANEL,
-                          out + row * column_pitch + column, column_pitch);
+    for (int64_t group = 0; group < workspace->columns; group += GROUP) {
+        for (int64_t row = 0, count; row < workspace->rows; row += count) {
+            count = block_rows(workspace->rows - row);
+            if (group == 0) prefetch_next_tile(attention, workspace, tensor, row, count, channels);
+            const span attended = columns_of_block(workspace, row, count);
+            const int64_t last = minimum(attended.last, group + GROUP);
+            for (int64_t column = maximum(attended.first / PANEL * PANEL, group); column < last; column += PANEL) {
+                multiply_rows(count, channels, operand + row * pitch, pitch, panels + column * channels, PANEL,
+                              out + row * column_pitch + column, column_pitch);
+            }
         }
     }
 }
@@ -467,10 +486,14 @@ static void accumulate_over_rows(const backward_workspace* workspace, int64_t ch
 }
 
 /* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel], in groups of rows likewise. */
-static void multiply_by_keys(const backward_workspace* workspace, int64_t channels) {
-    const int64_t column_pitch = workspace->column_pitch, pitch = workspace->pitch;
+static void multiply_by_keys(const cpu_attention* attention, const backward_workspace* workspace) {
+    const int64_t channels = attention->head_dim, column_pitch = workspace->column_pitch, pitch = workspace->pitch;
+    const query_sums sums = locate_query_sums(attention, workspace->position.b, workspace->position.h);
     for (int64_t group = 0; group < workspace->rows; group += GROUP) {
         const int64_t end = minimum(group + GROUP, workspace->rows);
+        for (int64_t row = group; row < end; row++) {
+            prefetch(sums.sums + (workspace->first_row + row) * sums.row_bytes, channels * (int64_t)sizeof(real));
+        }
         for (int64_t channel = 0; channel < channels; channel += PANEL) {
             for (int64_t row = group, count; row < end; row += count) {
                 count = block_rows(end - row);
@@ -630,8 +653,9 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
     const bool query_finite = load_tile(&query, at->b, at->h, workspace->first_row, workspace->rows, head_dim, workspace->query, pitch);
     const bool grad_output_finite = load_tile(&attention->grad_output, at->b, at->h, workspace->first_row, workspace->rows, head_dim_v,
                                               workspace->grad_output, pitch_v);
-    multiply_by_panels(workspace, head_dim, workspace->query, pitch, workspace->key_panels, workspace->weights);
-    multiply_by_panels(workspace, head_dim_v, workspace->grad_output, pitch_v, workspace->value_panels, workspace->grad_scores);
+    multiply_by_panels(attention, workspace, &query, head_dim, workspace->query, pitch, workspace->key_panels, workspace->weights);
+    multiply_by_panels(attention, workspace, &attention->grad_output, head_dim_v, workspace->grad_output, pitch_v, workspace->value_panels,
+                       workspace->grad_scores);
     differentiate(attention, workspace);
     if (attention->grad_value.data) {
         if (!grad_output_finite) poison_columns(workspace, workspace->grad_output, pitch_v, head_dim_v, workspace->grad_value);
@@ -642,7 +666,7 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
         accumulate_over_rows(workspace, head_dim, workspace->grad_scores, workspace->query, pitch, workspace->grad_key);
     }
     if (wants_query) {
-        multiply_by_keys(workspace, head_dim);
+        multiply_by_keys(attention, workspace);
         if (!workspace->keys_finite) poison_grad_query(attention, workspace);
         add_to_query_sums(attention, workspace, true);
     }
