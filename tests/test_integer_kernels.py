@@ -1,12 +1,13 @@
 """The kernels that multiply codes as integers: within what rounding weights to 8 bits can cost, and bit for bit where nothing may matter.
 
-The other suites force the reference kernels (see conftest.py), whose results have the bounds of FP32 arithmetic.
+The other suites leave them out (see conftest.py): their bounds are those of FP32 arithmetic.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import platform
 import subprocess
 import sys
 
@@ -21,15 +22,18 @@ from tolerances import assert_within
 BLOCK = 128  # key columns that share a largest weight
 
 
-@pytest.fixture(scope="module")
-def contexts():
-    """Contexts with the integer kernels by their number of threads, and "reference", one with the reference kernels."""
+INSTRUCTION_SETS = ("dotprod", "i8mm") if platform.machine() in ("arm64", "aarch64") else ("avx2", "avxvnni", "avx512vnni")
+
+
+@pytest.fixture(scope="module", params=INSTRUCTION_SETS)
+def contexts(request):
+    """Contexts with integer kernels by their number of threads, and "reference", one with the reference kernels."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFA_KERNELS", "avx512vnni")
+        patch.setenv("MFA_KERNELS", f"{request.param},integer")
         try:
             made = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in (1, 2, 3, 7)}
         except umfa.DeviceUnavailableError:
-            pytest.skip("this processor has no AVX-512 with VNNI")
+            pytest.skip(f"this processor has no {request.param}")
         patch.setenv("MFA_KERNELS", "reference")
         made["reference"] = umfa.MFAContext(device="cpu", num_threads=2)
     yield made

@@ -1,6 +1,8 @@
-"""The kernels of each instruction set that this processor has, not only those that it would choose: MFA_KERNELS forces one."""
+"""The kernels of FP32 arithmetic of each instruction set that this processor has, not only those that it would choose."""
 
 from __future__ import annotations
+
+import platform
 
 import numpy as np
 import pytest
@@ -12,18 +14,20 @@ import test_forward
 import umfa
 from cases import CODES, DTYPES, OPTIONS, Sizes, problem_with
 
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+ON_X86 = ("avx2,reference", "avx512,reference", "avx2,float", "avx512,float")
+ON_ARM = ("baseline,float",)
+KERNELS = ("baseline,reference", *(ON_ARM if platform.machine() in ("arm64", "aarch64") else ON_X86))
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """A context for each instruction set that is here."""
+    """A context for each instruction set and family that is here."""
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        for name in INSTRUCTION_SETS:
-            patch.setenv("MFA_KERNELS", name)
+        for words in KERNELS:
+            patch.setenv("MFA_KERNELS", words)
             try:
-                made[name] = umfa.MFAContext(device="cpu", num_threads=2)
+                made[words] = umfa.MFAContext(device="cpu", num_threads=2)
             except umfa.DeviceUnavailableError:
                 continue
     yield made
@@ -31,13 +35,14 @@ def kernels():
         context.close()
 
 
-@pytest.fixture(params=INSTRUCTION_SETS)
+@pytest.fixture(params=KERNELS)
 def context(request, kernels):
-    """The context of one instruction set."""
+    """The context of one instruction set and family."""
+    instruction_set = request.param.split(",")[0]
     if request.param not in kernels:
-        pytest.skip(f"this processor has no {request.param}")
+        pytest.skip(f"this processor has no {instruction_set}")
     made = kernels[request.param]
-    assert made.details()["instruction_set"] == request.param
+    assert made.details()["instruction_set"] == instruction_set
     return made
 
 
@@ -59,7 +64,7 @@ def test_attention__each_instruction_set_and_head_size__equals_the_reference(cha
 
 @given(test_forward.problems(), st.integers(0, 2**32 - 1))
 def test_attention__anything_on_each_instruction_set__equals_the_reference(kernels, made, seed):
-    assert "baseline" in kernels
+    assert "baseline,reference" in kernels
     for context in kernels.values():
         test_forward.check(made, context=context)
         test_backward.check(made, seed, context=context)

@@ -73,6 +73,7 @@ struct AttentionPlan {
     ) throws(MFAError) -> (cpu_attention, [QuantizationPass]) {
         let options = problem.options
         var attention = cpu_attention(problem)
+        attention.threads = threads
         var fused: [QuantizationPass] = []
         if let scheme = options.quantizeQuery {
             let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, table, threads: threads, &layout)

@@ -35,19 +35,25 @@ enum Step: Int, CaseIterable {
     }
 }
 
-/// What a kernel was compiled for.
+/// What a kernel was compiled for. Of those that a processor has, the later are the better.
 enum InstructionSet: Int, CaseIterable {
     case baseline
     case avx2
+    case avxvnni
     case avx512
     case avx512vnni
+    case dotprod
+    case i8mm
 
     var name: StaticString {
         switch self {
         case .baseline: "baseline"
         case .avx2: "avx2"
+        case .avxvnni: "avxvnni"
         case .avx512: "avx512"
         case .avx512vnni: "avx512vnni"
+        case .dotprod: "dotprod"
+        case .i8mm: "i8mm"
         }
     }
 
@@ -56,24 +62,28 @@ enum InstructionSet: Int, CaseIterable {
         switch self {
         case .baseline: true
         case .avx2: cpu_has_avx2()
+        case .avxvnni: cpu_has_avxvnni()
         case .avx512: cpu_has_avx2() && cpu_has_avx512()
         case .avx512vnni: cpu_has_avx512vnni()
+        case .dotprod: cpu_has_dotprod()
+        case .i8mm: cpu_has_i8mm()
         }
     }
 
-    /// Those whose kernels may be used beside its own.
-    private var included: [InstructionSet] {
+    /// The set whose kernels may be used beside its own, with what that one includes.
+    private var included: InstructionSet? {
         switch self {
-        case .baseline: []
-        case .avx2: [.baseline]
-        case .avx512: [.avx2]
-        case .avx512vnni: [.avx512]
+        case .baseline: nil
+        case .avx2, .dotprod: .baseline
+        case .avxvnni, .avx512: .avx2
+        case .avx512vnni: .avx512
+        case .i8mm: .dotprod
         }
     }
 
     /// Whether a processor that has this one runs kernels for `other`.
     func includes(_ other: InstructionSet) -> Bool {
-        self == other || included.contains { $0.includes(other) }
+        self == other || included?.includes(other) ?? false
     }
 }
 
@@ -121,6 +131,8 @@ struct KernelTable {
 
         #if arch(x86_64)
         add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
+        add(.integer, .forward, .fp32, .avxvnni, attention_forward_int8_avxvnni)
+        add(.integer, .forward, .fp32, .avx2, attention_forward_int8_avx2)
         add(.float, .forward, .fp32, .avx512, attention_forward_float_avx512)
         add(.float, .forward, .fp32, .avx2, attention_forward_float_avx2)
         add(.float, .dValues, .fp32, .avx512, attention_d_values_float_avx512)
@@ -148,6 +160,8 @@ struct KernelTable {
         reference(.backwardKeyValue, .fp64, .avx2, attention_backward_key_value_fp64_reference_avx2)
         reference(.backwardBias, .fp64, .avx2, attention_backward_bias_fp64_reference_avx2)
         #elseif arch(arm64)
+        add(.integer, .forward, .fp32, .i8mm, attention_forward_int8_i8mm)
+        add(.integer, .forward, .fp32, .dotprod, attention_forward_int8_dotprod)
         add(.float, .forward, .fp32, .baseline, attention_forward_float_neon)
         add(.float, .dValues, .fp32, .baseline, attention_d_values_float_neon)
         add(.float, .backward, .fp32, .baseline, attention_backward_float_neon)

@@ -34,6 +34,13 @@ bool cpu_has_avx512(void);
 /* The same of AVX-512's VNNI part. */
 bool cpu_has_avx512vnni(void);
 
+/* The same of AVX-VNNI, which needs AVX2 only. */
+bool cpu_has_avxvnni(void);
+
+/* Whether this arm64 processor has the dot products of signed or unsigned bytes, and those of unsigned by signed bytes. */
+bool cpu_has_dotprod(void);
+bool cpu_has_i8mm(void);
+
 /* ---- Tensors ------------------------------------------------------------------------------------------------------------------------- */
 
 typedef enum cpu_precision {
@@ -91,6 +98,7 @@ typedef struct cpu_attention {
     uint32_t dropout_offset;
     void* _Nullable shared; /* workspace of all items: what preparation writes, or what items leave for the finish */
     bool float_statistics;  /* statistics are float whatever the arithmetic is */
+    int32_t threads;        /* that share the items: their number may depend on it, results may not */
 
     /* Backward only. */
     cpu_tensor grad_output;
@@ -161,7 +169,12 @@ extern const cpu_attention_kernel attention_forward_float_neon;
 
 /* Kernels that multiply codes as integers. */
 #if defined(__x86_64__)
+extern const cpu_attention_kernel attention_forward_int8_avx2;
+extern const cpu_attention_kernel attention_forward_int8_avxvnni;
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
+#elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_forward_int8_dotprod;
+extern const cpu_attention_kernel attention_forward_int8_i8mm;
 #endif
 
 /* ---- Quantisation -------------------------------------------------------------------------------------------------------------------- */

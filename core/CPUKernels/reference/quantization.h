@@ -11,6 +11,8 @@
 #include <math.h>
 #include <string.h>
 
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpsabi" /* every function that takes or returns a vector is inlined */
 #ifdef KERNEL_TARGET
 #pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
 #endif
@@ -25,7 +27,8 @@
 /* Arrays of head_dim elements each. */
 typedef struct row_workspace {
     double* sums;       /* of each channel over the tokens */
-    float* row;         /* the row in hand, rotated and smoothed as the scheme asks */
+    float* rows;        /* SUMMED_TOKENS rows whose channels are summed */
+    float* row;         /* the row in hand, rotated and smoothed as the scheme asks; the first of `rows` */
     float* means;       /* of each channel, while they are not yet in the output */
     float* scales;      /* of each channel of a band */
     float* zero_points; /* likewise; small integers, as FP32 numbers */
@@ -34,7 +37,10 @@ typedef struct row_workspace {
     int8_t* codes; /* of the row in hand */
 } row_workspace;
 
-enum { WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + 6 * sizeof(float) + sizeof(int8_t) };
+enum {
+    SUMMED_TOKENS = 8,
+    WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + (SUMMED_TOKENS + 5) * sizeof(float) + sizeof(int8_t),
+};
 
 static size_t workspace_bytes(const cpu_quantization* quantization) {
     return (size_t)quantization->head_dim * WORKSPACE_BYTES_PER_CHANNEL;
@@ -43,8 +49,9 @@ static size_t workspace_bytes(const cpu_quantization* quantization) {
 static row_workspace divide_workspace(void* workspace, int64_t head_dim) {
     row_workspace parts;
     parts.sums = workspace;
-    parts.row = (float*)(parts.sums + head_dim);
-    parts.means = parts.row + head_dim;
+    parts.rows = (float*)(parts.sums + head_dim);
+    parts.row = parts.rows;
+    parts.means = parts.rows + SUMMED_TOKENS * head_dim;
     parts.scales = parts.means + head_dim;
     parts.zero_points = parts.scales + head_dim;
     parts.highest = (uint32_t*)(parts.zero_points + head_dim);
@@ -77,10 +84,9 @@ static quantization_item make_item(const cpu_quantization* quantization, int64_t
     };
 }
 
-/* Puts token s, rounded to FP32, rotated and smoothed as the scheme asks, into work.row. */
-static void load_row(const quantization_item* item, int64_t s) {
+/* Puts token s, rounded to FP32, rotated and smoothed as the scheme asks, into `row`. */
+static void read_token(const quantization_item* item, int64_t s, float* row) {
     const cpu_quantization* quantization = item->quantization;
-    float* row = item->work.row;
     load_row_float(&quantization->input, item->b, item->h, s, item->channels, row);
     if (quantization->output.rotated) {
         rotate_row(row, item->channels);
@@ -92,17 +98,61 @@ static void load_row(const quantization_item* item, int64_t s) {
     }
 }
 
+static void load_row(const quantization_item* item, int64_t s) {
+    read_token(item, s, item->work.row);
+}
+
+/* Vectors of 16 numbers and of their bits. */
+enum { CHUNK = 16 };
+typedef float chunk_floats __attribute__((ext_vector_type(CHUNK)));
+typedef double chunk_doubles __attribute__((ext_vector_type(CHUNK)));
+typedef int32_t chunk_integers __attribute__((ext_vector_type(CHUNK)));
+typedef uint32_t chunk_words __attribute__((ext_vector_type(CHUNK)));
+typedef int8_t chunk_codes __attribute__((ext_vector_type(CHUNK)));
+
+/* The numbers from channel d on; 0 beyond the last one. */
+static inline __attribute__((always_inline)) chunk_floats load_chunk(const float* row, int64_t d, int64_t channels) {
+    chunk_floats numbers = 0;
+    if (channels - d >= CHUNK) {
+        memcpy(&numbers, row + d, sizeof numbers);
+    } else {
+        for (int64_t k = 0; k < channels - d; ++k) {
+            numbers[k] = row[d + k];
+        }
+    }
+    return numbers;
+}
+
+/* Adds some rows, one after the other, to the sums of their channels. */
+static void add_rows(const float* rows, int64_t count, int64_t channels, double* sums) {
+    int64_t d = 0;
+    for (; d + CHUNK <= channels; d += CHUNK) {
+        chunk_doubles partial;
+        memcpy(&partial, sums + d, sizeof partial);
+        for (int64_t row = 0; row < count; ++row) {
+            partial += __builtin_convertvector(load_chunk(rows + row * channels, d, channels), chunk_doubles);
+        }
+        memcpy(sums + d, &partial, sizeof partial);
+    }
+    for (; d < channels; ++d) {
+        for (int64_t row = 0; row < count; ++row) {
+            sums[d] += (double)rows[row * channels + d];
+        }
+    }
+}
+
 /* Computes each channel's mean into `means`, which load_row() subtracts from now on. */
 static void smooth_item(quantization_item* item, float* means) {
     double* sums = item->work.sums;
     for (int64_t d = 0; d < item->channels; ++d) {
         sums[d] = 0.0;
     }
-    for (int64_t s = 0; s < item->tokens; ++s) {
-        load_row(item, s);
-        for (int64_t d = 0; d < item->channels; ++d) {
-            sums[d] += (double)item->work.row[d];
+    for (int64_t s = 0; s < item->tokens; s += SUMMED_TOKENS) {
+        const int64_t count = item->tokens - s < SUMMED_TOKENS ? item->tokens - s : SUMMED_TOKENS;
+        for (int64_t row = 0; row < count; ++row) {
+            read_token(item, s + row, item->work.rows + row * item->channels);
         }
+        add_rows(item->work.rows, count, item->channels, sums);
     }
     for (int64_t d = 0; d < item->channels; ++d) {
         means[d] = item->tokens > 0 ? (float)(sums[d] / (double)item->tokens) : 0.0f;
@@ -271,16 +321,11 @@ static void store_codes(const quantization_item* item, int64_t s) {
     }
 }
 
-/* Quantises and writes token s, whose row is in hand. */
-static void write_row(const quantization_item* item, int64_t s) {
-    encode_row(item);
-    store_codes(item, s);
-}
-
 static void write_rows(const quantization_item* item, int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) {
         load_row(item, s);
-        write_row(item, s);
+        encode_row(item);
+        store_codes(item, s);
     }
 }
 
@@ -303,11 +348,59 @@ static bool write_band(const quantization_item* item, int64_t first, int64_t las
         write_scale(output, index, value);
         use_scale(item, channel, end, value);
     }
-    if (last - first == 1) { /* the row is still in hand */
-        write_row(item, first);
-    } else {
-        write_rows(item, first, last);
+    write_rows(item, first, last);
+    return true;
+}
+
+/* ---- Tokens -------------------------------------------------------------------------------------------------------------------------- */
+
+/* The extremes of a row: see gather_extremes(). */
+static value_range range_of_row(const float* row, int64_t channels) {
+    chunk_words highest = HIGHEST_OF_NONE, lowest = LOWEST_OF_NONE;
+    for (int64_t d = 0; d < channels; d += CHUNK) {
+        const chunk_floats numbers = load_chunk(row, d, channels); /* 0 beyond the row changes no extreme */
+        chunk_words bits;
+        memcpy(&bits, &numbers, sizeof bits);
+        highest = (chunk_words)__builtin_elementwise_max((chunk_integers)bits, (chunk_integers)highest);
+        lowest = __builtin_elementwise_max(bits, lowest);
     }
+    return (value_range){
+        float_from_bits(__builtin_reduce_max(lowest)),
+        float_from_bits((uint32_t)__builtin_reduce_max((chunk_integers)highest)),
+    };
+}
+
+/* What encode_row() does, for a row that shares a scale. */
+static void encode_token(const quantization_item* item, const float* row, scale_and_zero_point value, int8_t* codes) {
+    const chunk_floats lowest = lowest_code(&item->quantization->output), highest = highest_code(&item->quantization->output);
+    const int64_t channels = item->channels; /* bytes may alias the item */
+    for (int64_t d = 0; d < channels; d += CHUNK) {
+        chunk_floats numbers = load_chunk(row, d, channels) / value.scale;
+        numbers = ((numbers + 0x1.8p23f) - 0x1.8p23f) + value.zero_point; /* see round_to_even() */
+        numbers = __builtin_elementwise_min(__builtin_elementwise_max(numbers, lowest), highest);
+        const chunk_codes chunk = __builtin_convertvector(__builtin_convertvector(numbers, chunk_integers), chunk_codes);
+        if (channels - d >= CHUNK) {
+            memcpy(codes + d, &chunk, sizeof chunk);
+        } else {
+            for (int64_t k = 0; k < channels - d; ++k) {
+                codes[d + k] = chunk[k];
+            }
+        }
+    }
+}
+
+/* Writes token s and its one scale. False, with nothing written, if a value is not finite. */
+static bool write_token(const quantization_item* item, int64_t s, int64_t index) {
+    const cpu_tensor* output = &item->quantization->output;
+    load_row(item, s);
+    const value_range range = range_of_row(item->work.row, item->channels);
+    if (!isfinite(range.lowest) || !isfinite(range.highest)) {
+        return false;
+    }
+    const scale_and_zero_point value = scale_for_range(output, range);
+    write_scale(output, index, value);
+    encode_token(item, item->work.row, value, item->work.codes);
+    store_codes(item, s);
     return true;
 }
 
@@ -357,6 +450,12 @@ static bool quantize_write(const cpu_quantization* quantization, int64_t index, 
     for (int64_t band = 0; band < bands; ++band) {
         const int64_t first = band * height;
         const int64_t last = height < item.tokens - first ? first + height : item.tokens;
+        if (last - first == 1 && width >= item.channels) {
+            if (!write_token(&item, first, first_scale + band * output->scale_strides[2])) {
+                return false;
+            }
+            continue;
+        }
         if (!write_band(&item, first, last, width, first_scale + band * output->scale_strides[2])) {
             return false;
         }
@@ -375,6 +474,7 @@ static void dequantize(const cpu_quantization* quantization, int64_t index, void
 #ifdef KERNEL_TARGET
 #pragma clang attribute pop
 #endif
+#pragma clang diagnostic pop
 
 const cpu_quantization_kernel KERNEL_NAME(quantization, KERNEL_SUFFIX) = {
     .name = "quantization_" KERNEL_TEXT(KERNEL_SUFFIX),

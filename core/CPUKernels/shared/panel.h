@@ -60,8 +60,8 @@ INLINE void multiply_panel_of(const int vectors, int64_t rows, int64_t depth, co
 #undef MULTIPLY_ROWS_OF_PANEL
 }
 
-/* `lanes` is a multiple of LANES, at most PANEL_ROWS. */
-static void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
+/* `lanes` is a multiple of LANES, at most that of a panel. */
+INLINE void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
                            real* c, const real* rescale) {
     switch (lanes / LANES) {
     case 1: multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale); break;
@@ -71,4 +71,15 @@ static void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const rea
     default: multiply_panel_of(4, rows, depth, a, a_row, a_depth, b, c, rescale); break;
 #endif
     }
+}
+
+/* c[n][lane] = sum over k of a[n][k] * b[k][lane]. */
+static void multiply_panel_by_rows(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c) {
+    multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL);
+}
+
+/* c[n][lane] = rescale[lane] * c[n][lane] + sum over k of a[k][n] * b[k][lane]. */
+static void multiply_panel_by_columns(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c,
+                                      const real* rescale) {
+    multiply_panel(lanes, rows, depth, a, 1, pitch, b, c, rescale);
 }

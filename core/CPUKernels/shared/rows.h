@@ -1,5 +1,7 @@
 /* What online softmax knows of each query row, and how a row ends. */
 
+static const double LN_2 = 0.693147180559945309417;
+
 typedef struct {
     real* highest;       /* the highest score so far */
     real* sum;           /* of exp(score - highest) */
@@ -60,9 +62,14 @@ static int64_t heads_in_tile(const cpu_attention* attention) {
     return attention->seq_len_q <= TILE_ROWS / 2 ? attention->num_heads / attention->num_kv_heads : 1;
 }
 
-/* Rows of a forward tile, a multiple of LANES. */
+/* Rows of a forward tile, a multiple of LANES: as many as TILE_ROWS if that leaves some tiles for each thread. */
 static int64_t forward_tile_rows(const cpu_attention* attention) {
-    return maximum(LANES, minimum(TILE_ROWS, round_up(attention->seq_len_q * heads_in_tile(attention), LANES)));
+    enum { FEWEST_ROWS = 64, TILES_PER_THREAD = 4 };
+    const int64_t heads = heads_in_tile(attention), groups = attention->batch_size * (attention->num_heads / heads);
+    const int64_t rows = round_up(attention->seq_len_q * heads, LANES);
+    int64_t tile = TILE_ROWS;
+    while (tile > FEWEST_ROWS && groups * divide_up(rows, tile) < TILES_PER_THREAD * attention->threads) tile /= 2;
+    return maximum(LANES, minimum(tile, rows));
 }
 
 static int64_t forward_tile_count(const cpu_attention* attention) {

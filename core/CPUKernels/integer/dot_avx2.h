@@ -1,0 +1,61 @@
+/* Products with AVX2: codes are widened to 16 bits, of which vpmaddwd multiplies and adds pairs without loss. (vpmaddubsw on bytes would
+ * saturate.)
+ *
+ * Like every KERNEL_DOT header this defines
+ *   STEP, lane_code, signed_code      codes that one product sums; how they are stored in lanes, and how those are that all lanes share
+ *   QUERY_BIAS, VALUE_BIAS            what is added to queries and values so that lanes, or codes, are unsigned; 0: nothing
+ *   broadcast_codes(few)              STEP codes in every lane
+ *   add_products(sums, lanes, codes)  in each lane, the sum of STEP products of queries and keys added
+ *   add_weighted(sums, lanes, codes)  the same of weights and values
+ *   LANES_OF_ONES, SIGNED_ONES        lanes and codes that are all 1, where there is a bias
+ *   interleave_rows()                 writes STEP rows of bytes as [channel][STEP] codes, plus VALUE_BIAS
+ *   weight_exp2(x)                    2^x within 3e-6 of the result, 0 for -inf
+ *   pack_weights(weights)             STEP vectors of numbers 0 ... 255, rounded to integers, as lanes */
+enum { STEP = 2, QUERY_BIAS = 0, VALUE_BIAS = 0 };
+typedef int16_t lane_code;
+typedef int16_t signed_code;
+
+#include "codes.h"
+
+#define add_weighted add_products
+
+#define LANES_OF_ONES ((int_vector)0x00010001)
+#define SIGNED_ONES ((int_vector)0x00010001)
+#define weight_exp2 short_exp2
+
+typedef int16_t sixteen_shorts __attribute__((ext_vector_type(16)));
+typedef int8_t thirty_two_codes __attribute__((ext_vector_type(32)));
+typedef int16_t thirty_two_shorts __attribute__((ext_vector_type(32)));
+typedef thirty_two_shorts thirty_two_shorts_in_memory __attribute__((aligned(2)));
+typedef int32_t half_vector __attribute__((ext_vector_type(8)));
+
+INLINE int_vector broadcast_codes(int32_t few) {
+    half_vector half = (half_vector)few;
+    __asm__("" : "+x"(half)); /* in a register, lest it be loaded anew for each product */
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector codes) {
+    const half_vector low = (half_vector)_mm256_madd_epi16((__m256i)lanes.lo, (__m256i)codes.lo);
+    const half_vector high = (half_vector)_mm256_madd_epi16((__m256i)lanes.hi, (__m256i)codes.hi);
+    return sums + __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+
+INLINE void interleave_rows(const int8_t* rows, int64_t pitch, int64_t channels, signed_code* out) {
+    int64_t d = 0;
+    for (; d + 16 <= channels; d += 16) {
+        const sixteen_codes a = *(const sixteen_codes_in_memory*)(rows + d), b = *(const sixteen_codes_in_memory*)(rows + pitch + d);
+        const thirty_two_codes pairs = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25,
+                                                               10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+        *(thirty_two_shorts_in_memory*)(out + d * STEP) = __builtin_convertvector(pairs, thirty_two_shorts);
+    }
+    for (; d < channels; d++) {
+        for (int64_t k = 0; k < STEP; k++) out[d * STEP + k] = rows[k * pitch + d];
+    }
+}
+
+INLINE int_vector pack_weights(const vector weights[STEP]) {
+    const vector round_to_integer = vector_of(12582912.0f); /* leaves the integer in the low half, whose high bits are 0 */
+    const vector first = weights[0] + round_to_integer, second = weights[1] + round_to_integer;
+    return (*(const int_vector*)&first & 0xFFFF) | (*(const int_vector*)&second << 16);
+}

@@ -1,0 +1,38 @@
+/* Products with AVX-512's VNNI: vpdpbusd multiplies unsigned bytes of lanes by signed codes. See dot_avx2.h for what is defined here. */
+enum { QUERY_BIAS = 128, VALUE_BIAS = 0 };
+typedef uint8_t lane_code;
+
+#include "bytes.h"
+
+#define add_weighted add_products
+
+#define LANES_OF_ONES ((int_vector)0x01010101)
+
+INLINE int_vector broadcast_codes(int32_t few) {
+    int_vector all = (int_vector)few;
+    __asm__("" : "+v"(all)); /* in a register, lest it be loaded anew for each product */
+    return all;
+}
+
+INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector codes) {
+    return (int_vector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)lanes, (__m512i)codes);
+}
+
+/* 2^floor(x) from the exponent, the rest from the polynomial of least relative error on 0 ... 1. */
+INLINE vector weight_exp2(vector x) {
+    const __m512 argument = _mm512_max_ps((__m512)x, _mm512_set1_ps(-1000)); /* the rest of -inf is NaN */
+    const __m512 rest = _mm512_reduce_ps(argument, 0x09);                    /* argument - floor(argument) */
+    __m512 power = _mm512_set1_ps(0.013534167781472206f);
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.05201146379113197f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.2414427548646927f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.6930038332939148f));
+    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0000026226043701f));
+    return (vector)_mm512_scalef_ps(power, argument);
+}
+
+INLINE int_vector pack_weights(const vector weights[STEP]) {
+    const __m512i w0 = _mm512_cvtps_epi32((__m512)weights[0]), w1 = _mm512_cvtps_epi32((__m512)weights[1]);
+    const __m512i w2 = _mm512_cvtps_epi32((__m512)weights[2]), w3 = _mm512_cvtps_epi32((__m512)weights[3]);
+    const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(w0, w1), _mm512_packs_epi32(w2, w3));
+    return (int_vector)_mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400));
+}

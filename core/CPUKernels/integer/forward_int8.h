@@ -1,0 +1,677 @@
+/* Forward attention on INT8 and INT4 operands by integer dot products. This file is a template; the attention_forward_int8_*.c files beside it
+ * instantiate it with
+ *
+ *   KERNEL_SUFFIX         the end of the kernel's name, such as int8_avx2
+ *   KERNEL_AGAIN_SUFFIX   the reference kernels that compute what this one leaves
+ *   KERNEL_TARGET         the instruction set as a target attribute string
+ *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 4
+ *   KERNEL_DOT            the header with the products of that instruction set: its comment says what it defines
+ *
+ * Items, panels and blocks of columns are those of the float kernels (forward_items.h). Both products multiply a vector, whose lanes are query
+ * rows, by STEP neighbouring codes that are the same for all lanes:
+ *
+ *     scores[key][row]     = sum over d of (query[row][d] + QUERY_BIAS) * key[d] - QUERY_BIAS * sum over d of key[d]
+ *     weights[key][row]    = round(255 * exp(score) * value scale of the key / the largest such product of the row in this block of keys)
+ *     output[channel][row] = sum over keys of weights * (value + VALUE_BIAS) - VALUE_BIAS * sum over keys of weights
+ *
+ * Scores carry the logarithm of their value's scale from the start. The largest weight is that of a block of TILE_COLUMNS keys, so each
+ * block uses all of the 8 bits; blocks are joined in FP32. Small weights are rounded up or down by an offset of their column, evenly spread
+ * over the columns: to the nearest, many keys of little weight would all be lost (or all be doubled). Keys whose value is 0 take part in
+ * the sum alone. INT4 codes are unpacked, their zero points subtracted, when a block is read.
+ *
+ * Numerical contract: codes and dot products are exact, the same bits for every instruction set; scores, statistics and the output are FP32;
+ * a weight has an error of at most 1/510 of its block's largest, one below 8/255 of it at most 1/255, without bias; the sum, and so
+ * logsumexp, is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and sequences with zero points beyond a byte
+ * or extreme scales, are left to the reference kernels. */
+#include "../shared/naming.h"
+#include "cpu_kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#define KERNEL_FP64 0
+#define KERNEL_TILE_COLUMNS 128
+#define KERNEL_TILE_ROWS 256
+
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
+#pragma clang diagnostic ignored "-Wunused-function" /* the headers serve other kernels too */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
+
+/* clang-format off: each file needs those before it */
+#include "../shared/conversion.h"
+#include "../shared/real.h"
+#include "../shared/transpose.h"
+#include "../shared/tile.h"
+#include "../shared/rows.h"
+/* clang-format on */
+
+/* LANES integers, each the place of STEP codes or of their sum. */
+typedef int32_t int_vector __attribute__((ext_vector_type(LANES)));
+
+#include KERNEL_DOT
+
+#define AGAIN_ROWS KERNEL_NAME(attention_forward_rows, KERNEL_AGAIN_SUFFIX)
+#define AGAIN_ROWS_BYTES KERNEL_NAME(attention_forward_rows_bytes, KERNEL_AGAIN_SUFFIX)
+#define AGAIN_FLOAT_STATISTICS false
+void AGAIN_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
+size_t AGAIN_ROWS_BYTES(const cpu_attention* attention);
+
+enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES };
+
+static const float LOG2_255 = 7.99435343685885791f;
+
+/* ---- What is served ------------------------------------------------------------------------------------------------------------------ */
+
+static bool is_integer(const cpu_tensor* tensor) {
+    return tensor->precision == CPU_INT8 || tensor->precision == CPU_INT4;
+}
+
+/* Whether all channels of a row share a scale. */
+static bool has_row_scales(const cpu_tensor* tensor) {
+    return tensor->scale_strides[3] == 0;
+}
+
+/* Whether the difference of code and zero point can be a byte: INT4's can, if its zero points are as small as its codes. */
+static bool has_byte_codes(const cpu_tensor* tensor) {
+    return tensor->precision == CPU_INT4 || tensor->zero_points == NULL;
+}
+
+static bool forward_serves(const cpu_attention* attention) {
+    const cpu_tensor *query = &attention->query, *key = &attention->key, *value = &attention->value;
+    if (!is_integer(query) || !is_integer(key) || !is_integer(value)) return false;
+    if (!has_byte_codes(query) || !has_byte_codes(key) || !has_byte_codes(value)) return false;
+    bool channel_values = value->scale_channels == 1 && value->scale_strides[2] == 0;
+    return has_row_scales(query) && has_row_scales(key) && (has_row_scales(value) || channel_values) && attention->dropout_p == 0;
+}
+
+/* ---- Regular sequences --------------------------------------------------------------------------------------------------------------- */
+
+static int64_t scale_index(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
+    return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
+}
+
+/* Whether every difference of an INT4 code and its zero point is a byte, and no scale (where `with_scales`) is so extreme that the weights
+ * of one block would be too far apart for FP32. */
+static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads, int64_t tokens, int64_t channels, bool with_scales) {
+    if (!tensor->zero_points && !(with_scales && tensor->scales)) return true;
+    const int64_t step = tensor->scale_strides[2] ? tensor->scale_tokens : maximum(tokens, 1);
+    const int64_t stride = tensor->scale_strides[3], count = stride ? channels : 1;
+    bool regular = true;
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t s = 0; s < tokens; s += step) {
+            const int64_t first = scale_index(tensor, b, h, s);
+            for (int64_t d = 0; d < count && tensor->zero_points; d++) {
+                const int32_t zero_point = tensor->zero_points[first + d * stride];
+                regular &= zero_point >= -119 && zero_point <= 119; /* codes are -8 ... 7 */
+            }
+            if (with_scales && tensor->scales) regular &= tensor->scales[first] > 1e-15f && tensor->scales[first] < 1e15f;
+        }
+    }
+    return regular;
+}
+
+/* Whether this kernel computes a sequence. All of it or nothing, so that no row's bits depend on which rows share its tile. */
+static bool sequence_is_regular(const cpu_attention* attention, int64_t b) {
+    const int64_t keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
+    const int64_t heads = attention->num_heads, kv_heads = attention->num_kv_heads;
+    return tensor_is_regular(&attention->query, b, heads, attention->seq_len_q, attention->head_dim, false) &&
+           tensor_is_regular(&attention->key, b, kv_heads, keys, attention->head_dim, false) &&
+           tensor_is_regular(&attention->value, b, kv_heads, keys, attention->head_dim_v, has_row_scales(&attention->value));
+}
+
+static size_t shared_bytes(const cpu_attention* attention) {
+    return (size_t)attention->batch_size;
+}
+
+static int64_t prepare_items(const cpu_attention* attention) {
+    return attention->batch_size;
+}
+
+static void prepare_run(const cpu_attention* attention, int64_t item, void* memory) {
+    (void)memory;
+    ((uint8_t*)attention->shared)[item] = sequence_is_regular(attention, item);
+}
+
+/* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
+
+/* Keys and values of some columns. Arrays over columns have TILE_COLUMNS elements. */
+typedef struct {
+    const signed_code* keys; /* [columns][key_pitch] */
+    int64_t key_pitch;
+    signed_code* key_memory;
+    signed_code* values;   /* [columns / STEP][head_dim_v][STEP] */
+    int32_t* key_offsets;  /* -QUERY_BIAS * sum of the key's codes */
+    float* key_scales;     /* times softmax_scale, as binary logarithms where scores are plain */
+    float* value_logs;     /* log2 of the value's scale; 0 where values have a scale a channel */
+    float* value_inverses; /* 1 / that scale */
+    uint8_t* zero;         /* whether the value is 0 in all channels */
+    bool any_zero;
+} column_block;
+
+typedef struct {
+    score_tile tile;           /* scores: int32 dot products first, then FP32 */
+    bool plain;                /* scores are nothing but scaled dot products */
+    lane_code* query;          /* [head_dim / STEP][rows][STEP] for each panel: differences + QUERY_BIAS */
+    float* query_scales;       /* [tile rows] */
+    float* mean_scores;        /* [tile rows]: dot(query, channel means of the keys), 0 without smoothing */
+    real* output;              /* [head_dim_v][rows] for each panel */
+    row_statistics statistics; /* [tile rows] */
+    real_bits* infinite;       /* [tile rows] */
+    lane_code* weights;        /* [TILE_COLUMNS / STEP][PANEL_ROWS][STEP] */
+    int32_t* weight_sums;      /* [PANEL_ROWS]: -VALUE_BIAS * sum of a block's rounded weights */
+    float* block_factors;      /* [PANEL_ROWS]: what a block's integer sums are multiplied by */
+    float* offsets;            /* [TILE_COLUMNS]: what is added to a small weight before it is rounded to the nearest */
+    column_block block;
+    real* rows; /* [PANEL_ROWS][row_pitch] */
+    int64_t row_pitch;
+} forward_workspace;
+
+static int64_t steps_of(int64_t channels) {
+    return divide_up(channels, STEP);
+}
+
+static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
+    workspace_cursor cursor = {memory, 0};
+    const int64_t rows = forward_tile_rows(attention), head_dim_v = attention->head_dim_v;
+    const int64_t codes = steps_of(attention->head_dim) * STEP;
+    column_block* block = &workspace->block;
+    take_score_tile(&cursor, attention, PANEL_ROWS, false, &workspace->tile);
+    workspace->query = workspace_take(&cursor, codes * rows, sizeof(lane_code));
+    workspace->query_scales = workspace_take_reals(&cursor, rows);
+    workspace->mean_scores = workspace_take_reals(&cursor, rows);
+    workspace->output = workspace_take_reals(&cursor, head_dim_v * rows);
+    take_row_statistics(&cursor, rows, &workspace->statistics);
+    workspace->infinite = workspace_take(&cursor, rows, sizeof(real_bits));
+    workspace->weights = workspace_take(&cursor, TILE_COLUMNS * PANEL_ROWS, sizeof(lane_code));
+    workspace->weight_sums = workspace_take(&cursor, PANEL_ROWS, sizeof(int32_t));
+    workspace->block_factors = workspace_take_reals(&cursor, PANEL_ROWS);
+    workspace->offsets = workspace_take_reals(&cursor, TILE_COLUMNS);
+    block->key_memory = workspace_take(&cursor, TILE_COLUMNS * codes, sizeof(signed_code));
+    block->values = workspace_take(&cursor, TILE_COLUMNS * head_dim_v, sizeof(signed_code));
+    block->key_offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(int32_t));
+    block->key_scales = workspace_take_reals(&cursor, TILE_COLUMNS);
+    block->value_logs = workspace_take_reals(&cursor, TILE_COLUMNS);
+    block->value_inverses = workspace_take_reals(&cursor, TILE_COLUMNS);
+    block->zero = workspace_take(&cursor, TILE_COLUMNS, 1);
+    workspace->row_pitch = round_up(head_dim_v, LANES);
+    workspace->rows = workspace_take_reals(&cursor, PANEL_ROWS * workspace->row_pitch);
+    return cursor.used;
+}
+
+static size_t forward_workspace_bytes(const cpu_attention* attention) {
+    size_t bytes = forward_layout(attention, NULL, &(forward_workspace){0});
+    size_t again = AGAIN_ROWS_BYTES(attention);
+    return bytes > again ? bytes : again;
+}
+
+/* ---- Operands ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Codes of a row without their zero point, as bytes. */
+static void load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* differences) {
+    int8_t scratch[CPU_MAX_HEAD_DIM];
+    const int8_t* codes = load_codes(tensor, b, h, s, channels, scratch);
+    if (tensor->zero_points == NULL) {
+        memcpy(differences, codes, (size_t)channels);
+        return;
+    }
+    const int64_t stride = tensor->scale_strides[3]; /* 0: one zero point a row */
+    const int32_t* zero_points = tensor->zero_points + scale_index(tensor, b, h, s);
+    if (stride == 0) {
+        for (int64_t d = 0; d < channels; d++) differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[0]);
+    } else {
+        for (int64_t d = 0; d < channels; d++) differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[d * stride]);
+    }
+}
+
+static void select_queries(const cpu_attention* attention, forward_workspace* selected, int64_t first) {
+    selected->query += first * steps_of(attention->head_dim) * STEP;
+    selected->query_scales += first;
+    selected->mean_scores += first;
+}
+
+static void open_queries(const cpu_attention* attention, forward_workspace* panel) {
+    const score_tile* tile = &panel->tile;
+    const head_position* at = &tile->position;
+    const cpu_tensor *query = &attention->query, *key = &attention->key;
+    const float* means = key->channel_means;
+    if (means) means += at->b * key->mean_strides[0] + at->kv_head * key->mean_strides[1];
+    const int64_t head_dim = attention->head_dim, steps = steps_of(head_dim), rows = tile->rows;
+    int8_t differences[CPU_MAX_HEAD_DIM + STEP];
+    if (tile->valid_rows < rows) memset(panel->query, 0, (size_t)(steps * STEP * rows) * sizeof(lane_code));
+    for (int64_t row = 0; row < rows; row++) {
+        panel->query_scales[row] = 0;
+        panel->mean_scores[row] = 0;
+    }
+    for (int64_t row = 0; row < tile->valid_rows; row++) {
+        const row_place place = place_of_row(attention, at, tile->first_row + row);
+        load_differences(query, at->b, place.h, place.i, head_dim, differences);
+        const float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
+        panel->query_scales[row] = scale;
+        float sum = 0;
+        for (int64_t d = 0; d < head_dim && means; d++) sum += (scale * (float)differences[d]) * means[d];
+        panel->mean_scores[row] = sum;
+        for (int64_t d = head_dim; d < steps * STEP; d++) differences[d] = 0;
+        for (int64_t step = 0; step < steps; step++) {
+            lane_code* out = panel->query + (step * rows + row) * STEP;
+            for (int64_t k = 0; k < STEP; k++) out[k] = (lane_code)(differences[step * STEP + k] + QUERY_BIAS);
+        }
+    }
+}
+
+/* Whether keys are used where they lie. */
+static bool keys_stay(const cpu_attention* attention) {
+    return sizeof(signed_code) == 1 && attention->key.precision == CPU_INT8 && attention->key.strides[3] == 1 &&
+           attention->head_dim % STEP == 0;
+}
+
+/* The sum of a key's codes, STEP at a time. */
+static int32_t sum_of_codes(const signed_code* codes, int64_t count) {
+    enum { CODES = LANES * STEP };
+    int_vector sums = 0, rest = 0;
+    int64_t d = 0;
+    for (; d + CODES <= count; d += CODES) {
+        int_vector chunk;
+        memcpy(&chunk, codes + d, sizeof chunk);
+        sums = add_products(sums, LANES_OF_ONES, chunk);
+    }
+    memcpy(&rest, codes + d, (size_t)(count - d) * sizeof(signed_code));
+    sums = add_products(sums, LANES_OF_ONES, rest);
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
+    return sum;
+}
+
+static void load_keys(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
+    const cpu_tensor* key = &attention->key;
+    const head_position* at = &item->tile.position;
+    const int64_t head_dim = attention->head_dim, codes = steps_of(head_dim) * STEP;
+    const float scale = item->plain ? (float)(attention->softmax_scale / LN_2) : 1;
+    column_block* block = &item->block;
+    block->keys = block->key_memory;
+    block->key_pitch = codes;
+    if (keys_stay(attention)) {
+        block->keys = (const signed_code*)key->data + row_offset(key, at->b, at->kv_head, first_column);
+        block->key_pitch = key->strides[2];
+    }
+    for (int64_t column = 0; column < columns; column++) {
+        const int64_t s = first_column + column;
+        if (block->keys == block->key_memory) {
+            int8_t differences[CPU_MAX_HEAD_DIM];
+            signed_code* out = block->key_memory + column * codes;
+            load_differences(key, at->b, at->kv_head, s, head_dim, differences);
+            for (int64_t d = 0; d < head_dim; d++) out[d] = differences[d];
+            for (int64_t d = head_dim; d < codes; d++) out[d] = 0;
+        }
+        block->key_offsets[column] = QUERY_BIAS ? -QUERY_BIAS * sum_of_codes(block->keys + column * block->key_pitch, codes) : 0;
+        block->key_scales[column] = scale * (key->scales ? key->scales[scale_index(key, at->b, at->kv_head, s)] : 1);
+    }
+}
+
+static bool is_zero(const int8_t* codes, int64_t count) {
+    int8_t any = 0;
+    for (int64_t d = 0; d < count; d++) any |= codes[d];
+    return any == 0;
+}
+
+static void load_values(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
+    const cpu_tensor* value = &attention->value;
+    const head_position* at = &item->tile.position;
+    const int64_t channels = attention->head_dim_v;
+    const bool stay = value->precision == CPU_INT8 && value->strides[3] == 1;
+    const bool scaled = value->scales != NULL && has_row_scales(value);
+    column_block* block = &item->block;
+    int8_t rows[STEP * CPU_MAX_HEAD_DIM];
+    block->any_zero = false;
+    float scale = 1, logarithm = 0;
+    for (int64_t column = 0; column < columns; column += STEP) {
+        const int64_t s = first_column + column, present = minimum(STEP, columns - column);
+        const int8_t* source = rows;
+        int64_t pitch = channels;
+        if (stay && present == STEP) {
+            source = (const int8_t*)value->data + row_offset(value, at->b, at->kv_head, s);
+            pitch = value->strides[2];
+        } else {
+            if (present < STEP) memset(rows, 0, (size_t)(STEP * channels));
+            for (int64_t k = 0; k < present; k++) load_differences(value, at->b, at->kv_head, s + k, channels, rows + k * channels);
+        }
+        interleave_rows(source, pitch, channels, block->values + column * channels);
+        for (int64_t k = 0; k < present; k++) {
+            const bool zero = is_zero(source + k * pitch, channels);
+            block->zero[column + k] = zero;
+            block->any_zero |= zero;
+            const float own = scaled && !zero ? value->scales[scale_index(value, at->b, at->kv_head, s + k)] : 1;
+            if (own != scale) logarithm = log2f(own);
+            scale = own;
+            block->value_logs[column + k] = logarithm;
+            block->value_inverses[column + k] = 1 / scale;
+        }
+    }
+}
+
+static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
+    load_keys(attention, item, first_column, columns);
+    load_values(attention, item, first_column, columns);
+}
+
+/* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
+
+/* Accumulators: see panel.h. */
+enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
+
+/* Adds to sums[n][v], for n < count and v < vectors, the products of all steps: lanes [step][rows][STEP] with the codes of n at
+ * codes + step * step_stride + n * stride. */
+INLINE void accumulate_products(const int vectors, const int count, int64_t steps, const lane_code* lane_codes, const signed_code* codes,
+                                int64_t step_stride, int64_t stride, const bool weighted,
+                                int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
+    for (int64_t step = 0; step < steps; step++) {
+        int_vector lanes[KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) lanes[v] = *(const int_vector*)(lane_codes + (step * vectors + v) * LANES * STEP);
+#pragma clang loop unroll(full)
+        for (int n = 0; n < count; n++) {
+            int32_t few;
+            memcpy(&few, codes + step * step_stride + n * stride, sizeof few);
+            const int_vector factor = broadcast_codes(few);
+#pragma clang loop unroll(full)
+            for (int v = 0; v < vectors; v++) {
+                sums[n][v] = weighted ? add_weighted(sums[n][v], lanes[v], factor) : add_products(sums[n][v], lanes[v], factor);
+            }
+        }
+    }
+}
+
+/* Scores of `count` keys against the panel. */
+INLINE void multiply_keys(const int vectors, const int count, int64_t steps, const signed_code* keys, int64_t pitch, const int32_t* offsets,
+                          const lane_code* query, int32_t* scores) {
+    int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+    for (int k = 0; k < count; k++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) sums[k][v] = (int_vector)offsets[k];
+    }
+    accumulate_products(vectors, count, steps, query, keys, STEP, pitch, false, sums);
+#pragma clang loop unroll(full)
+    for (int k = 0; k < count; k++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) *(int_vector*)(scores + (k * vectors + v) * LANES) = sums[k][v];
+    }
+}
+
+/* Adds `count` channels of a block's weighted values to the output. */
+INLINE void multiply_values(const int vectors, const int count, int64_t steps, const signed_code* values, int64_t channels,
+                            const forward_workspace* panel, float* output) {
+    int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+    for (int d = 0; d < count; d++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) {
+            sums[d][v] = VALUE_BIAS ? *(const int_vector*)(panel->weight_sums + v * LANES) : (int_vector)0;
+        }
+    }
+    accumulate_products(vectors, count, steps, panel->weights, values, channels * STEP, STEP, true, sums);
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; v++) {
+        const vector rescale = vector_load(panel->statistics.rescale + v * LANES), factor = vector_load(panel->block_factors + v * LANES);
+#pragma clang loop unroll(full)
+        for (int d = 0; d < count; d++) {
+            float* at = output + (d * vectors + v) * LANES;
+            const vector sum = __builtin_convertvector(sums[d][v], vector) * factor;
+            vector_store(at, vector_load(at) * rescale + sum);
+        }
+    }
+}
+
+/* Calls body(n, count) for all n from 0 to below `total`, by as many as accumulators hold. */
+#define BY_PRODUCT_ROWS(total, body)                                                                                     \
+    do {                                                                                                                 \
+        int64_t n = 0;                                                                                                   \
+        for (; (total) - n >= PRODUCT_ROWS && (total) - n != 2 * PRODUCT_REST && (total) - n != 2 * PRODUCT_REST - 1;) { \
+            body(n, PRODUCT_ROWS);                                                                                       \
+            n += PRODUCT_ROWS;                                                                                           \
+        }                                                                                                                \
+        for (; (total) - n >= PRODUCT_REST; n += PRODUCT_REST) body(n, PRODUCT_REST);                                    \
+        switch ((total) - n) {                                                                                           \
+        case 3: body(n, 3); break;                                                                                       \
+        case 2: body(n, 2); break;                                                                                       \
+        case 1: body(n, 1); break;                                                                                       \
+        default: break;                                                                                                  \
+        }                                                                                                                \
+    } while (0)
+
+INLINE void compute_dot_products_of(const int vectors, const forward_workspace* panel, int64_t steps) {
+    const column_block* block = &panel->block;
+    int32_t* scores = (int32_t*)panel->tile.scores;
+#define MULTIPLY_KEYS(n, count)                                                                                                          \
+    multiply_keys(vectors, count, steps, block->keys + (n) * block->key_pitch, block->key_pitch, block->key_offsets + (n), panel->query, \
+                  scores + (n) * vectors * LANES)
+    BY_PRODUCT_ROWS(panel->tile.columns, MULTIPLY_KEYS);
+#undef MULTIPLY_KEYS
+}
+
+INLINE void accumulate_output_of(const int vectors, const forward_workspace* panel, int64_t channels) {
+    const int64_t steps = divide_up(panel->tile.columns, STEP);
+#define MULTIPLY_VALUES(n, count) \
+    multiply_values(vectors, count, steps, panel->block.values + (n) * STEP, channels, panel, panel->output + (n) * vectors * LANES)
+    BY_PRODUCT_ROWS(channels, MULTIPLY_VALUES);
+#undef MULTIPLY_VALUES
+}
+
+/* Calls the function with the number of vectors of the panel as a constant. */
+#if KERNEL_PANEL_VECTORS > 1
+#define WITH_VECTORS(function, panel, size)                      \
+    switch ((panel)->tile.rows / LANES) {                        \
+    case 1: function(1, panel, size); break;                     \
+    case 2: function(2, panel, size); break;                     \
+    case 3: function(3, panel, size); break;                     \
+    default: function(KERNEL_PANEL_VECTORS, panel, size); break; \
+    }
+#else
+#define WITH_VECTORS(function, panel, size) function(1, panel, size);
+#endif
+
+static void compute_dot_products(const forward_workspace* panel, int64_t steps) {
+    WITH_VECTORS(compute_dot_products_of, panel, steps)
+}
+
+static void accumulate_output(const forward_workspace* panel, int64_t channels) {
+    WITH_VECTORS(accumulate_output_of, panel, channels)
+}
+
+/* ---- Softmax ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Offsets -1/2 ..< 1/2 of a block's columns, as evenly spread over any run of columns as can be: multiples of the golden ratio. */
+static void spread_offsets(float* offsets) {
+    for (int64_t column = 0; column < TILE_COLUMNS; column++) {
+        float multiple = (float)column * 0.6180339887f;
+        offsets[column] = multiple - floorf(multiple) - 0.5f;
+    }
+}
+
+/* The highest score of a vector of rows among keys whose value is 0, as a binary logarithm, and the sum of their exponentials over that of
+ * it. */
+typedef struct {
+    vector highest, sum;
+} zero_values;
+
+/* Takes keys whose value is 0 out of tile.scores. */
+INLINE zero_values take_zero_values(const column_block* block, const score_tile* tile, int64_t row) {
+    zero_values taken = {.highest = vector_of(-INFINITY), .sum = vector_of(0)};
+    for (int64_t column = 0; column < tile->columns; column++) {
+        if (block->zero[column]) taken.highest = vector_max(taken.highest, vector_load(tile->scores + column * tile->rows + row));
+    }
+    const vector reference = vector_select(taken.highest == -INFINITY, vector_of(0), taken.highest);
+    for (int64_t column = 0; column < tile->columns; column++) {
+        if (!block->zero[column]) continue;
+        float* at = tile->scores + column * tile->rows + row;
+        taken.sum += vector_exp2(vector_load(at) - reference);
+        vector_store(at, vector_of(-INFINITY));
+    }
+    return taken;
+}
+
+/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, -inf
+ * where there is none, of which `highest` is the largest; `offset` is what scores have in addition. */
+INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, vector offset, zero_values zeros) {
+    const score_tile* tile = &panel->tile;
+    const row_statistics* statistics = &panel->statistics;
+    const float* inverses = panel->block.value_inverses;
+    const vector reference = vector_select(highest == -INFINITY, vector_of(0), highest) - LOG2_255;
+
+    vector sum = vector_of(0);
+    int_vector weight_sum = 0;
+    for (int64_t column = 0; column < tile->columns; column += STEP) {
+        vector weights[STEP];
+#pragma clang loop unroll(full)
+        for (int k = 0; k < STEP; k++) {
+            weights[k] = vector_of(0);
+            if (column + k >= tile->columns) continue;
+            const vector weight = weight_exp2(vector_load(tile->scores + (column + k) * tile->rows + row) - reference);
+            sum += weight * inverses[column + k];
+            const vector spread = vector_select(weight < 8, vector_of(panel->offsets[column + k]), vector_of(0));
+            weights[k] = weight + spread;
+        }
+        const int_vector packed = pack_weights(weights);
+        if (VALUE_BIAS) weight_sum = add_weighted(weight_sum, packed, SIGNED_ONES);
+        *(int_vector*)(panel->weights + (column * tile->rows + row * STEP)) = packed;
+    }
+    if (VALUE_BIAS) *(int_vector*)(panel->weight_sums + row) = weight_sum * -VALUE_BIAS;
+
+    const vector old = vector_load(statistics->highest + row);
+    const vector block = highest + offset, zero_block = zeros.highest + offset;
+    const vector joined = vector_max(vector_max(old, block), zero_block);
+    const vector origin = vector_select(joined == -INFINITY, vector_of(0), joined);
+    const vector rescale = vector_exp2(old - origin);
+    const vector factor = vector_exp2(block - origin) * (1.0f / 255.0f);
+    const vector total = vector_load(statistics->sum + row) * rescale + sum * factor + zeros.sum * vector_exp2(zero_block - origin);
+    vector_store(statistics->highest + row, joined);
+    vector_store(statistics->rescale + row, rescale);
+    vector_store(statistics->sum + row, total);
+    vector_store(panel->block_factors + row, factor);
+}
+
+/* The highest of a vector of rows in tile.scores. */
+INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
+    vector highest = vector_of(-INFINITY);
+    for (int64_t column = 0; column < tile->columns; column++) {
+        highest = vector_max(highest, vector_load(tile->scores + column * tile->rows + row));
+    }
+    return highest;
+}
+
+/* A block whose scores are nothing but scaled dot products; limits may exclude some of them. */
+static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
+    const score_tile* tile = &panel->tile;
+    const column_block* block = &panel->block;
+    for (int64_t row = 0; row < tile->rows; row += LANES) {
+        const vector scale = vector_load(panel->query_scales + row);
+        const vector_mask first = *(const vector_mask*)(tile->limits + row);
+        const vector_mask last = *(const vector_mask*)(tile->limits + tile->rows + row);
+        vector highest = vector_of(-INFINITY);
+        for (int64_t column = 0; column < tile->columns; column++) {
+            float* at = tile->scores + column * tile->rows + row;
+            const vector product = __builtin_convertvector(*(const int_vector*)at, vector);
+            vector logarithm = product * (scale * block->key_scales[column]) + block->value_logs[column];
+            if (!tile->full) {
+                const vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
+                logarithm = vector_select(attended, logarithm, vector_of(-INFINITY));
+            }
+            highest = vector_max(highest, logarithm);
+            vector_store(at, logarithm);
+        }
+        const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
+        const vector size = highest + offset;
+        const vector_mask attends = tile->full ? (vector_mask)(real_bits)-1 : first < last;
+        *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & attends;
+        *(vector_mask*)(panel->statistics.attended + row) |= attends;
+        zero_values zeros = {.highest = vector_of(-INFINITY), .sum = vector_of(0)};
+        if (block->any_zero) {
+            zeros = take_zero_values(block, tile, row);
+            highest = highest_of_block(tile, row);
+        }
+        weigh_block(panel, row, highest, offset, zeros);
+    }
+}
+
+/* The block's scores in natural units, with everything that options do to them. */
+static void compute_scores(const cpu_attention* attention, forward_workspace* panel) {
+    score_tile* tile = &panel->tile;
+    for (int64_t column = 0; column < tile->columns; column++) {
+        const float scale = panel->block.key_scales[column];
+        for (int64_t row = 0; row < tile->rows; row += LANES) {
+            float* at = tile->scores + column * tile->rows + row;
+            const vector product = __builtin_convertvector(*(const int_vector*)at, vector) * scale;
+            vector_store(at, product * vector_load(panel->query_scales + row) + vector_load(panel->mean_scores + row));
+        }
+    }
+    finish_scores(attention, tile);
+}
+
+static void weigh_general_block(const cpu_attention* attention, forward_workspace* panel) {
+    const score_tile* tile = &panel->tile;
+    compute_scores(attention, panel);
+    for (int64_t row = 0; row < tile->rows; row += LANES) {
+        vector_mask attended = *(vector_mask*)(panel->statistics.attended + row);
+        for (int64_t column = 0; column < tile->columns; column++) {
+            float* at = tile->scores + column * tile->rows + row;
+            attended |= tile->full ? (vector_mask)(real_bits)-1 : *(vector_mask*)(tile->attended + column * tile->rows + row);
+            vector_store(at, vector_load(at) * (float)(1 / LN_2) + panel->block.value_logs[column]);
+        }
+        *(vector_mask*)(panel->statistics.attended + row) = attended;
+        const zero_values zeros = take_zero_values(&panel->block, tile, row);
+        weigh_block(panel, row, highest_of_block(tile, row), vector_of(0), zeros);
+    }
+}
+
+/* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Whether scores are nothing but scaled dot products. */
+static bool is_plain(const cpu_attention* attention) {
+    return attention->mask.data == NULL && attention->softcap == 0 && attention->alibi_slopes == NULL &&
+           fabs(attention->softmax_scale) < 1e30;
+}
+
+static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
+    item->plain = is_plain(attention);
+    spread_offsets(item->offsets);
+    return ((const uint8_t*)attention->shared)[item->tile.position.b] != 0;
+}
+
+static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
+    compute_dot_products(panel, steps_of(attention->head_dim));
+    if (panel->plain) {
+        weigh_plain_block(attention, panel);
+    } else {
+        weigh_general_block(attention, panel);
+    }
+    accumulate_output(panel, attention->head_dim_v);
+}
+
+static const float* channel_scales(const cpu_attention* attention, const head_position* position, int64_t* stride) {
+    const cpu_tensor* value = &attention->value;
+    *stride = value->scale_strides[3];
+    if (has_row_scales(value) || !value->scales) return NULL;
+    return value->scales + scale_index(value, position->b, position->kv_head, 0);
+}
+
+#include "../shared/forward_items.h"
+
+#pragma clang attribute pop
+#pragma clang diagnostic pop
+
+const cpu_attention_kernel KERNEL_NAME(attention_forward, KERNEL_SUFFIX) = {
+    .name = "attention_forward_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .serves = forward_serves,
+    .shared_bytes = shared_bytes,
+    .prepare_items = prepare_items,
+    .prepare = prepare_run,
+    .item_count = forward_tile_items,
+    .workspace_bytes = forward_workspace_bytes,
+    .run = forward_run,
+};

@@ -1,0 +1,131 @@
+/* Items of forward kernels that work on panels of query rows: an item is a tile of query rows, cut into panels; blocks of columns are read once
+ * for all of them. Before it is included, a kernel defines
+ *
+ *   forward_workspace      with the members tile (of one panel), statistics (the highest scores as binary logarithms), infinite, output
+ *                          ([head_dim_v][rows] for each panel) and rows (room for a panel's rows, `row_pitch` apart)
+ *   forward_layout()       lays it out
+ *   begin_item()           what comes before an item's panels; false: the item is left to the rows of AGAIN_ROWS
+ *   select_queries()       makes what the kernel keeps of each row that of a panel
+ *   open_queries()         reads a panel's queries
+ *   load_block()           reads a block of keys and values
+ *   attend_block()         adds what the placed panel attends of the block
+ *   channel_scales()       what each channel of the output has to be multiplied by, `stride` apart; NULL: nothing
+ *   AGAIN_ROWS             the kernel that computes the rows that this one cannot; AGAIN_FLOAT_STATISTICS says that it is of FP64 arithmetic */
+
+enum { PANELS = TILE_ROWS / PANEL_ROWS }; /* of an item at most */
+
+/* Makes a panel of an item's rows the one that the workspace's tile and statistics speak of. */
+static forward_workspace select_panel(const cpu_attention* attention, const forward_workspace* item, int64_t first_row, int64_t rows,
+                                      int64_t panel) {
+    forward_workspace selected = *item;
+    const int64_t first = panel * PANEL_ROWS;
+    selected.tile.first_row = first_row + first;
+    selected.tile.valid_rows = minimum(PANEL_ROWS, rows - first);
+    selected.tile.rows = round_up(selected.tile.valid_rows, LANES);
+    selected.tile.infinite = item->infinite + first;
+    selected.output = item->output + first * attention->head_dim_v;
+    selected.statistics.highest += first;
+    selected.statistics.sum += first;
+    selected.statistics.rescale += first;
+    selected.statistics.attended += first;
+    selected.statistics.is_nan += first;
+    select_queries(attention, &selected, first);
+    return selected;
+}
+
+/* Writes the panel's rows. Returns those (bit by bit) that have to be computed again, since a score or a result was not finite. */
+static uint64_t close_panel(const cpu_attention* attention, forward_workspace* panel) {
+    const score_tile* tile = &panel->tile;
+    const head_position* at = &tile->position;
+    const row_statistics* statistics = &panel->statistics;
+    const int64_t rows = tile->rows, head_dim_v = attention->head_dim_v, pitch = panel->row_pitch;
+    const int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + tile->first_row;
+    real factors[PANEL_ROWS] __attribute__((aligned(64)));
+    uint64_t again = 0;
+    for (int64_t row = 0; row < rows; row++) {
+        factors[row] = statistics->attended[row] ? 1 / statistics->sum[row] : 0;
+        if (row >= tile->valid_rows || !(attention->logsumexp || attention->sinks)) continue;
+        real logsumexp;
+        const row_place place = place_of_row(attention, at, tile->first_row + row);
+        statistics->highest[row] = (real)((double)statistics->highest[row] * LN_2);
+        factors[row] = finish_row(attention, place.h, statistics, row, &logsumexp);
+        if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
+        if (statistics->attended[row] && logsumexp - logsumexp != 0) again |= (uint64_t)1 << row;
+    }
+    int64_t stride;
+    const float* scales = channel_scales(attention, at, &stride);
+    vector probes[KERNEL_PANEL_VECTORS]; /* NaN once a result is not finite */
+    for (int64_t v = 0; v < rows / LANES; v++) {
+        const vector_mask attended = *(const vector_mask*)(statistics->attended + v * LANES);
+        const vector factor = vector_load(factors + v * LANES);
+        probes[v] = factor * 0.0f;
+        for (int64_t channel = 0; channel < head_dim_v; channel++) {
+            real* result = panel->output + channel * rows + v * LANES;
+            vector scaled = vector_load(result) * factor;
+            if (scales) scaled *= scales[channel * stride];
+            scaled = vector_select(attended, scaled, vector_of(0));
+            probes[v] += scaled * 0.0f;
+            vector_store(result, scaled);
+        }
+    }
+    transpose_floats(panel->output, rows, head_dim_v, rows, panel->rows, pitch);
+    for (int64_t row = 0; row < tile->valid_rows; row++) {
+        const row_place place = place_of_row(attention, at, tile->first_row + row);
+        store_row(&attention->output, at->b, place.h, place.i, head_dim_v, panel->rows + row * pitch);
+        const bool finite = probes[row / LANES][row % LANES] == 0;
+        if (statistics->attended[row] && (tile->infinite[row] || !finite)) again |= (uint64_t)1 << row;
+    }
+    return again;
+}
+
+/* Computes rows once more, by the kernel that can. `rows`: bit by bit. */
+static void compute_rows_again(const cpu_attention* attention, const head_position* position, int64_t first_row, uint64_t rows,
+                               void* memory) {
+    cpu_attention again = *attention;
+    again.float_statistics |= AGAIN_FLOAT_STATISTICS;
+    for (int64_t row = 0, run; row < PANEL_ROWS; row += run + 1) {
+        for (run = 0; row + run < PANEL_ROWS && rows >> (row + run) & 1; run++) {}
+        if (run > 0) AGAIN_ROWS(&again, position->b, position->h, first_row + row, run, memory);
+    }
+}
+
+static void forward_run(const cpu_attention* attention, int64_t item, void* memory) {
+    forward_workspace workspace;
+    forward_layout(attention, memory, &workspace);
+    int64_t first_row, rows;
+    const head_position position = locate_forward_tile(attention, item, &first_row, &rows);
+    workspace.tile.position = position;
+    if (!begin_item(attention, &workspace)) {
+        AGAIN_ROWS(attention, position.b, position.h, first_row, rows, memory);
+        return;
+    }
+    const int64_t panels = divide_up(rows, PANEL_ROWS);
+    for (int64_t p = 0; p < panels; p++) {
+        forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
+        open_queries(attention, &panel);
+        clear_row_statistics(&panel.statistics, &panel.tile);
+        memset(panel.output, 0, (size_t)(attention->head_dim_v * panel.tile.rows) * sizeof(real));
+    }
+    const column_range range = columns_of_rows(attention, &position, first_row, rows);
+    for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
+        bool loaded = false;
+        for (int64_t p = 0; p < panels; p++) {
+            forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
+            const column_range own = columns_of_rows(attention, &position, panel.tile.first_row, panel.tile.valid_rows);
+            if (!place_score_tile(attention, &panel.tile, column, own.last)) continue;
+            if (!loaded) load_block(attention, &workspace, column, minimum(TILE_COLUMNS, range.last - column));
+            loaded = true;
+            panel.block = workspace.block;
+            attend_block(attention, &panel);
+        }
+    }
+    uint64_t again[PANELS];
+    for (int64_t p = 0; p < panels; p++) {
+        forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
+        again[p] = close_panel(attention, &panel);
+    }
+    /* The workspace is no longer needed: it is given to what computes rows again. */
+    for (int64_t p = 0; p < panels; p++) {
+        if (again[p]) compute_rows_again(attention, &position, first_row + p * PANEL_ROWS, again[p], memory);
+    }
+}
