@@ -59,7 +59,7 @@ enum {
     COLUMN_TILE = 96,              /* key columns of a tile with up to FEW_CHANNELS channels, else the smaller number */
     SMALL_COLUMN_TILE = BLOCK_VECTORS > 1 ? 64 : 48,
     FEW_CHANNELS = 128,
-    GROUP = 48, /* rows or columns whose scalars stay in the first level cache */
+    GROUP = SMALL_COLUMN_TILE, /* rows or columns whose scalars or panels stay in the first level cache */
 };
 
 /* ---- Tiles and workspace ------------------------------------------------------------------------------------------------------------- */
