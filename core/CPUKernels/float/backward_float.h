@@ -61,6 +61,7 @@ enum {
     FEW_CHANNELS = 128,
     GROUP = SMALL_COLUMN_TILE, /* rows or columns whose scalars or panels stay in the first level cache */
 };
+_Static_assert(GROUP % PANEL == 0 && COLUMN_TILE % PANEL == 0, "groups and tiles of columns are whole panels");
 
 /* ---- Tiles and workspace ------------------------------------------------------------------------------------------------------------- */
 
