@@ -288,9 +288,10 @@ static void prefetch(const char* address, int64_t bytes) {
 static void prefetch_next_tile(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor, int64_t row,
                                int64_t rows, int64_t channels) {
     const head_position* at = &workspace->position;
-    const int64_t first = workspace->first_row + ROW_TILE + row, size = element_bytes(tensor->precision);
+    const int64_t first = workspace->first_row + ROW_TILE + row;
+    const int64_t size = element_bytes(tensor->precision), in_element = tensor->precision == CPU_INT4 ? 2 : 1;
     for (int64_t next = first; next < minimum(first + rows, attention->seq_len_q); next++) {
-        prefetch((const char*)tensor->data + row_offset(tensor, at->b, at->h, next) * size, channels * size);
+        prefetch((const char*)tensor->data + row_offset(tensor, at->b, at->h, next) * size / in_element, channels * size / in_element);
     }
 }
 
