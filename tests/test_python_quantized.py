@@ -145,6 +145,36 @@ def test_keys_and_values_quantised_by_name__serve_a_float_query():
     np.testing.assert_allclose(umfa.attention(X, k, v), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantize_option__on_operands_too_large_for_the_workspace__is_served_part_by_part(quantize, rng):
+    batch, heads, kv_heads, rows, columns, channels = 2, 4, 2, 300, 12000, 128
+    query = rng.normal(size=(batch, heads, rows, channels)).astype(np.float32)
+    key, value = rng.normal(size=(2, batch, kv_heads, columns, channels)).astype(np.float32)
+    options = {
+        "kv_lengths": np.array([columns - 5, 900]),
+        "query_offset": [columns - rows, 700],
+        "causal": True,
+        "mask": rng.random((batch, heads, 1, columns)) < 0.9,
+        "alibi_slopes": np.linspace(0.001, 0.1, heads, dtype=np.float32),
+        "sinks": np.linspace(-1, 1, heads, dtype=np.float32),
+        "return_lse": True,
+    }
+    with umfa.MFAContext(device="cpu", num_threads=1) as context:
+        parts = umfa.attention(query, key, value, **options, quantize=quantize, context=context)
+        assert context.details()["workspace_bytes"] < 12 << 20
+        infinite = query.copy()
+        infinite[-1, -1, -1, -1] = np.inf
+        out = np.full_like(query, 7)
+        with pytest.raises(umfa.InvalidArgumentError, match="query"):
+            umfa.attention(infinite, key, value, quantize=quantize, out=out, context=context)
+        assert (out == 7).all()
+    with umfa.MFAContext(device="cpu", num_threads=16) as context:  # whose threads want more rows than a part has
+        whole = umfa.attention(query, key, value, **options, quantize=quantize, context=context)
+        assert context.details()["workspace_bytes"] > 12 << 20
+    for got, expected in zip(parts, whole, strict=True):
+        assert got.tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize(("dtype", "limit"), [("int8", 0.53), ("int4", 0.31)])
 def test_keys_and_values_by_default__take_little_memory(dtype, limit):
     x = np.zeros((1, 8, 1024, 128), np.float32)

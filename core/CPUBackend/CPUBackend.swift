@@ -78,7 +78,21 @@ public final class CPUBackend: Backend {
             _ = try AttentionPlan.kernel(.forward, problem, table)
             return
         }
-        try plan(problem, nil).run()
+        guard let parts = FusedParts(problem, threads: threads) else {
+            try plan(problem, nil).run()
+            return
+        }
+        // Nothing may be written before all values are known to be finite.
+        for (name, operand, scheme, lengths) in parts.fused {
+            let (pass, team) = try layOut { (layout) throws(MFAError) in
+                let pass = try QuantizationPass(
+                    name, from: operand, to: scheme.codes(of: operand), lengths: lengths, table, threads: threads, &layout)
+                let team = try Team(threads: threads, items: pass.items, scratchSize: pass.scratchSize, &layout)
+                return (pass, team)
+            }
+            try pass.scan(team)
+        }
+        for part in parts { try plan(part, nil).run() }
     }
 
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
@@ -93,7 +107,7 @@ public final class CPUBackend: Backend {
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
         if problem.isEmpty { return 0 }
-        return try workspaceSize(problem, nil)
+        return try workspaceSize(FusedParts(problem, threads: threads)?.first ?? problem, nil)
     }
 
     public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {

@@ -94,6 +94,43 @@ public struct AttentionProblem {
         self.options = options
     }
 
+    /// The part of a forward problem that belongs to some key/value heads of one sequence. Operands are floats; no dropout, whose random numbers
+    /// depend on the whole.
+    public func part(batch: Int, keyValueHeads: Range<Int>) -> AttentionProblem {
+        AttentionProblem(self, batch: batch, keyValueHeads: keyValueHeads)
+    }
+
+    private init(_ whole: AttentionProblem, batch: Int, keyValueHeads: Range<Int>) {
+        let group = whole.numHeads / whole.numKVHeads
+        let heads = keyValueHeads.lowerBound * group..<keyValueHeads.upperBound * group
+        batchSize = 1
+        numHeads = heads.count
+        numKVHeads = keyValueHeads.count
+        seqLenQ = whole.seqLenQ
+        seqLenKV = whole.seqLenKV
+        headDim = whole.headDim
+        headDimV = whole.headDimV
+        query = whole.query.part(batch: batch, heads: heads)
+        key = whole.key.part(batch: batch, heads: keyValueHeads)
+        value = whole.value.part(batch: batch, heads: keyValueHeads)
+        output = whole.output?.part(batch: batch, heads: heads)
+        logsumexp = whole.logsumexp.map {
+            $0 + (batch * whole.numHeads + heads.lowerBound) * whole.seqLenQ * whole.statisticSize
+        }
+        var options = whole.options
+        options.mask = options.mask?.part(batch: batch, heads: heads)
+        options.kvLengths = options.kvLengths.map { $0 + batch }
+        if options.numQueryOffsets > 1 {
+            options.queryOffsets = options.queryOffsets.map { $0 + batch }
+            options.numQueryOffsets = 1
+        }
+        options.alibiSlopes = options.alibiSlopes.map { $0 + heads.lowerBound * whole.statisticSize }
+        options.sinks = options.sinks.map { $0 + heads.lowerBound * whole.statisticSize }
+        self.options = options
+        softmaxScale = whole.softmaxScale
+        arithmetic = whole.arithmetic
+    }
+
     /// As good as no limit, and far enough from overflow for kernels to add positions to it.
     static let widestWindow: Int64 = 1 << 62
 }

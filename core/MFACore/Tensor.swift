@@ -157,6 +157,17 @@ public struct Tensor {
         return (shape, strides)
     }
 
+    /// Some heads of one batch of a tensor of floats or a mask.
+    func part(batch: Int, heads: Range<Int>) -> Tensor {
+        let offset = (batch * strides[0] + heads.lowerBound * strides[1]) * precision.unitSize
+        var part = self
+        part.data = address.map { $0 + offset }
+        part.buffer = nil
+        part.shape[0] = min(shape[0], 1)
+        part.shape[1] = heads.count
+        return part
+    }
+
     /// This tensor with an address of its own and with stride 0 on every axis of one element.
     func normalized() -> Tensor {
         var tensor = self

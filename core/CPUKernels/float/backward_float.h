@@ -92,6 +92,7 @@ typedef struct {
     int64_t first_column, columns; /* of the tile: those that exist */
     int64_t first_row, rows;
     bool full;                 /* every element is attended */
+    bool masked;               /* the mask excludes some, or adds to scores: `additions` is filled in */
     bool keys_finite;          /* else `key` has 0 in place of what is not finite */
     int64_t pitch, pitch_v;    /* of rows of head_dim and head_dim_v channels */
     int64_t column_pitch;      /* of rows of columns */
@@ -336,11 +337,20 @@ static void load_statistics(const cpu_attention* attention, backward_workspace* 
 
 /* ---- Masks --------------------------------------------------------------------------------------------------------------------------- */
 
+/* What the mask adds to the scores of a row, from first_column on. Returns whether it leaves any. */
+static bool load_mask_row(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column, int64_t columns,
+                          real* additions) {
+    const cpu_tensor* mask = &attention->mask;
+    const int64_t* strides = mask->strides;
+    const int64_t element = at->b * strides[0] + at->h * strides[1] + row * strides[2] + first_column * strides[3];
+    return load_mask_line(mask, (const char*)mask->data + element * element_bytes(mask->precision), columns, additions);
+}
+
 /* Finds what each row of the tile attends. False: nothing at all. */
 static bool place_tile(const cpu_attention* attention, backward_workspace* workspace) {
     const head_position* at = &workspace->position;
     const int64_t columns = workspace->columns;
-    bool any = false, full = attention->mask.data == NULL;
+    bool any = false, full = true;
     for (int64_t row = 0; row < workspace->rows; row++) {
         column_range range = columns_of_row(attention, at, workspace->first_row + row);
         int64_t first = minimum(maximum(range.first - workspace->first_column, 0), columns);
@@ -350,11 +360,19 @@ static bool place_tile(const cpu_attention* attention, backward_workspace* works
         full &= first == 0 && last == columns;
     }
     workspace->full = full;
+    workspace->masked = false;
     if (!any || !attention->mask.data) return any;
+    if (attention->mask.precision == CPU_BOOL) {
+        const mask_share share =
+            share_of_boolean_mask(attention, at, workspace->first_row, workspace->rows, workspace->first_column, columns);
+        if (share != MASK_SOME) return share == MASK_ALL;
+    }
+    workspace->full = false;
+    workspace->masked = true;
     any = false;
     for (int64_t row = 0; row < workspace->rows; row++) {
-        any |= load_mask(attention, at, workspace->first_row + row, 1, 1, workspace->first_column, columns,
-                         workspace->additions + row * workspace->column_pitch);
+        any |= load_mask_row(attention, at, workspace->first_row + row, workspace->first_column, columns,
+                             workspace->additions + row * workspace->column_pitch);
     }
     return any;
 }
@@ -362,7 +380,7 @@ static bool place_tile(const cpu_attention* attention, backward_workspace* works
 static bool is_attended_at(const backward_workspace* workspace, int64_t row, int64_t column) {
     const span columns = workspace->columns_of[row];
     if (column < columns.first || column >= columns.last) return false;
-    return !workspace->additions || workspace->additions[row * workspace->column_pitch + column] != -(real)INFINITY;
+    return !workspace->masked || workspace->additions[row * workspace->column_pitch + column] != -(real)INFINITY;
 }
 
 /* The columns that some row of first ..< first + rows attends. */
@@ -540,7 +558,7 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
     const vector logsumexp = vector_of(workspace->logsumexp[row]), offset = vector_of(workspace->offsets[row]);
     real* weights = workspace->weights + row * workspace->column_pitch;
     real* grad_scores = workspace->grad_scores + row * workspace->column_pitch;
-    const real* additions = !plain && workspace->additions ? workspace->additions + row * workspace->column_pitch : NULL;
+    const real* additions = !plain && workspace->masked ? workspace->additions + row * workspace->column_pitch : NULL;
     const real* dropout = plain ? NULL : workspace->dropout;
     const bool has_slope = !plain && attention->alibi_slopes != NULL;
     const real slope = has_slope ? get_statistic(attention, attention->alibi_slopes, at->h) : 0;
@@ -589,7 +607,7 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
 }
 
 static void differentiate(const cpu_attention* attention, const backward_workspace* workspace) {
-    const bool plain = !(softcap_of(attention) > 0) && !attention->mask.data && !attention->alibi_slopes && !workspace->dropout;
+    const bool plain = !(softcap_of(attention) > 0) && !workspace->masked && !attention->alibi_slopes && !workspace->dropout;
     for (int64_t row = 0; row < workspace->rows; row++) {
         if (!plain) {
             differentiate_row(attention, workspace, row, false, false);
@@ -727,8 +745,8 @@ static bool row_is_empty(const cpu_attention* attention, const head_position* po
     const column_range range = columns_of_row(attention, position, row);
     bool any = false;
     for (int64_t column = range.first; column < range.last && !any; column += COLUMN_TILE) {
-        any = !attention->mask.data ||
-              load_mask(attention, position, row, 1, 1, column, minimum(COLUMN_TILE, range.last - column), additions);
+        any =
+            !attention->mask.data || load_mask_row(attention, position, row, column, minimum(COLUMN_TILE, range.last - column), additions);
     }
     return !any;
 }

@@ -171,14 +171,13 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     vector_store(statistics->sum + row, vector_load(statistics->sum + row) * rescale + sum);
 }
 
-/* Scores that are nothing but dot products; limits may exclude some of them. */
+/* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. */
 static void weigh_plain_panel(forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        const vector_mask first = *(const vector_mask*)(tile->limits + row);
-        const vector_mask last = *(const vector_mask*)(tile->limits + tile->rows + row);
         vector largest = vector_of(-INFINITY);
         vector probe = vector_of(0); /* NaN once an attended score is not finite */
+        vector_mask any = (vector_mask)(real_bits)-tile->full;
         if (tile->full) {
             for (int64_t column = 0; column < tile->columns; column++) {
                 const vector score = vector_load(tile->scores + column * tile->rows + row);
@@ -188,7 +187,8 @@ static void weigh_plain_panel(forward_workspace* panel) {
         } else {
             for (int64_t column = 0; column < tile->columns; column++) {
                 real* at = tile->scores + column * tile->rows + row;
-                const vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
+                const vector_mask attended = attended_rows(tile, column, row);
+                any |= attended;
                 const vector score = vector_load(at);
                 probe += vector_select(attended, score, vector_of(0)) * 0.0f;
                 const vector selected = vector_select(attended, score, vector_of(-INFINITY));
@@ -197,9 +197,8 @@ static void weigh_plain_panel(forward_workspace* panel) {
             }
         }
         const vector size = largest * panel->factor;
-        const vector_mask attends = tile->full ? (vector_mask)(real_bits)-1 : first < last;
-        *(vector_mask*)(tile->infinite + row) |= ((probe + (size - size)) != 0) & attends;
-        *(vector_mask*)(panel->statistics.attended + row) |= attends;
+        *(vector_mask*)(tile->infinite + row) |= ((probe + (size - size)) != 0) & any;
+        *(vector_mask*)(panel->statistics.attended + row) |= any;
         weigh_rows(panel, row, largest);
     }
 }
@@ -223,11 +222,11 @@ static void weigh_general_panel(const cpu_attention* attention, forward_workspac
 
 /* ---- Output -------------------------------------------------------------------------------------------------------------------------- */
 
-/* Whether a row of the placed panel attends a column: limits say it where scores are plain. */
+/* Whether a row of the placed panel attends a column. */
 INLINE bool panel_attends(const forward_workspace* panel, int64_t column, int64_t row) {
     const score_tile* tile = &panel->tile;
     if (!panel->plain) return is_attended(tile, column, row);
-    return row < tile->valid_rows && column >= tile->limits[row] && column < tile->limits[tile->rows + row];
+    return row < tile->valid_rows && attended_rows(tile, column, row / LANES * LANES)[row % LANES] != 0;
 }
 
 /* Values that are not all finite were multiplied as if they were: rows that attend one of the others become NaN in its channel. */
@@ -272,7 +271,7 @@ static void attend_block(const cpu_attention* attention, forward_workspace* pane
 /* Whether scores are nothing but scaled dot products, whose largest give the largest weights. */
 static bool is_plain(const cpu_attention* attention) {
     const double scale = attention->softmax_scale;
-    return attention->mask.data == NULL && attention->softcap == 0 && attention->alibi_slopes == NULL && scale > 1e-30 && scale < 1e30;
+    return nothing_is_added(attention) && scale > 1e-30 && scale < 1e30;
 }
 
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {

@@ -565,21 +565,21 @@ INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
     return highest;
 }
 
-/* A block whose scores are nothing but scaled dot products; limits may exclude some of them. */
+/* A block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
 static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         const vector scale = vector_load(panel->query_scales + row);
-        const vector_mask first = *(const vector_mask*)(tile->limits + row);
-        const vector_mask last = *(const vector_mask*)(tile->limits + tile->rows + row);
+        vector_mask any = (vector_mask)(real_bits)-tile->full;
         vector highest = vector_of(-INFINITY);
         for (int64_t column = 0; column < tile->columns; column++) {
             float* at = tile->scores + column * tile->rows + row;
             const vector product = __builtin_convertvector(*(const int_vector*)at, vector);
             vector logarithm = product * (scale * block->key_scales[column]) + block->value_logs[column];
             if (!tile->full) {
-                const vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
+                const vector_mask attended = attended_rows(tile, column, row);
+                any |= attended;
                 logarithm = vector_select(attended, logarithm, vector_of(-INFINITY));
             }
             highest = vector_max(highest, logarithm);
@@ -587,9 +587,8 @@ static void weigh_plain_block(const cpu_attention* attention, forward_workspace*
         }
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
         const vector size = highest + offset;
-        const vector_mask attends = tile->full ? (vector_mask)(real_bits)-1 : first < last;
-        *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & attends;
-        *(vector_mask*)(panel->statistics.attended + row) |= attends;
+        *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & any;
+        *(vector_mask*)(panel->statistics.attended + row) |= any;
         zero_values zeros = {.highest = vector_of(-INFINITY), .sum = vector_of(0)};
         if (block->any_zero) {
             zeros = take_zero_values(block, tile, row);
@@ -633,8 +632,7 @@ static void weigh_general_block(const cpu_attention* attention, forward_workspac
 
 /* Whether scores are nothing but scaled dot products. */
 static bool is_plain(const cpu_attention* attention) {
-    return attention->mask.data == NULL && attention->softcap == 0 && attention->alibi_slopes == NULL &&
-           fabs(attention->softmax_scale) < 1e30;
+    return nothing_is_added(attention) && fabs(attention->softmax_scale) < 1e30;
 }
 
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {

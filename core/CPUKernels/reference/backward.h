@@ -177,7 +177,7 @@ static bool row_is_empty(const cpu_attention* attention, backward_workspace* wor
         if (!place_score_tile(attention, tile, column, range.last)) continue;
         for (int64_t k = 0; k < tile->columns; k++) {
             bool in_range = k >= tile->limits[row] && k < tile->limits[tile->rows + row];
-            if (in_range && !(tile->additions && tile->additions[k * tile->rows + row] == -(real)INFINITY)) return false;
+            if (in_range && !(tile->masked && tile->additions[k * tile->rows + row] == -(real)INFINITY)) return false;
         }
     }
     return true;

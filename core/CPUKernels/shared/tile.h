@@ -234,27 +234,81 @@ static int64_t element_bytes(cpu_precision precision) {
     }
 }
 
-/* The mask's share of a tile: what it adds to the scores, [column][row], -inf where it masks. Returns whether any element is left. */
-static bool load_mask(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows, int64_t padded_rows,
-                      int64_t first_column, int64_t columns, real* additions) {
+/* What a mask leaves of a tile. */
+typedef enum { MASK_NONE, MASK_SOME, MASK_ALL } mask_share;
+
+/* The share of a boolean mask's rows, from their first to their last column. */
+static mask_share share_of_boolean_mask(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                                        int64_t first_column, int64_t columns) {
     const cpu_tensor* mask = &attention->mask;
-    int64_t size = element_bytes(mask->precision);
-    const char* base = (const char*)mask->data + position->b * mask->strides[0] * size;
+    const char* base = (const char*)mask->data + position->b * mask->strides[0] + first_column * mask->strides[3];
+    bool any = false, all = true;
+    for (int64_t row = 0; row < rows && (all || !any); row++) {
+        const row_place place = place_of_row(attention, position, first_row + row);
+        const char* line = base + place.h * mask->strides[1] + place.i * mask->strides[2];
+        char none = 0;
+        char every = 1;
+        if (mask->strides[3] == 1) {
+            for (int64_t column = 0; column < columns; column++) {
+                none |= line[column];
+                every &= line[column] != 0;
+            }
+        } else {
+            for (int64_t column = 0; column < columns; column++) {
+                none |= line[column * mask->strides[3]];
+                every &= line[column * mask->strides[3]] != 0;
+            }
+        }
+        any |= none != 0;
+        all &= every != 0;
+    }
+    return all ? MASK_ALL : any ? MASK_SOME : MASK_NONE;
+}
+
+/* What the mask adds to a row's scores, -inf where it masks. Returns whether any element is left. */
+static bool load_mask_line(const cpu_tensor* mask, const char* line, int64_t columns, real* additions) {
+    const int64_t step = mask->strides[3] * element_bytes(mask->precision);
+    if (mask->precision == CPU_BOOL) {
+        for (int64_t column = 0; column < columns; column++) additions[column] = line[column * step] ? 0 : -(real)INFINITY;
+    } else if (mask->precision == CPU_FP32 && mask->strides[3] == 1) {
+        for (int64_t column = 0; column < columns; column++) additions[column] = (real)((const float_in_memory*)line)[column];
+    } else {
+        for (int64_t column = 0; column < columns; column++) additions[column] = additive_mask_value(mask, line + column * step);
+    }
     bool any = false;
-    for (int64_t row = 0; row < rows; row++) {
-        row_place place = place_of_row(attention, position, first_row + row);
-        const char* line = base + (place.h * mask->strides[1] + place.i * mask->strides[2] + first_column * mask->strides[3]) * size;
+    for (int64_t column = 0; column < columns; column++) any |= !(additions[column] == -(real)INFINITY);
+    return any;
+}
+
+/* The mask's share of a tile, and unless that is all of it, what it adds to the scores: [column][row], -inf where it masks. */
+static mask_share load_mask(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                            int64_t padded_rows, int64_t first_column, int64_t columns, real* additions) {
+    const cpu_tensor* mask = &attention->mask;
+    if (mask->precision == CPU_BOOL) {
+        const mask_share share = share_of_boolean_mask(attention, position, first_row, rows, first_column, columns);
+        if (share != MASK_SOME) return share;
+    }
+    const int64_t size = element_bytes(mask->precision);
+    const char* base = (const char*)mask->data + (position->b * mask->strides[0] + first_column * mask->strides[3]) * size;
+    bool any = false;
+    enum { LINES = 8 }; /* what is written of a column at a time */
+    real lines[LINES][TILE_COLUMNS];
+    for (int64_t first = 0; first < padded_rows; first += LINES) {
+        for (int64_t line = 0; line < LINES; line++) {
+            const int64_t row = first + line;
+            if (row < rows) {
+                const row_place place = place_of_row(attention, position, first_row + row);
+                const char* address = base + (place.h * mask->strides[1] + place.i * mask->strides[2]) * size;
+                any |= load_mask_line(mask, address, columns, lines[line]);
+            } else {
+                for (int64_t column = 0; column < columns; column++) lines[line][column] = -(real)INFINITY;
+            }
+        }
         for (int64_t column = 0; column < columns; column++) {
-            const char* address = line + column * mask->strides[3] * size;
-            real addition = mask->precision == CPU_BOOL ? (*address ? 0 : -(real)INFINITY) : additive_mask_value(mask, address);
-            additions[column * padded_rows + row] = addition;
-            any |= !(addition == -(real)INFINITY);
+            for (int64_t line = 0; line < LINES; line++) additions[column * padded_rows + first + line] = lines[line][column];
         }
     }
-    for (int64_t column = 0; column < columns; column++) {
-        for (int64_t row = rows; row < padded_rows; row++) additions[column * padded_rows + row] = -(real)INFINITY;
-    }
-    return any;
+    return any ? MASK_SOME : MASK_NONE;
 }
 
 /* ---- Dropout ------------------------------------------------------------------------------------------------------------------------- */
@@ -306,6 +360,7 @@ typedef struct {
     int64_t first_row, valid_rows, rows; /* `rows` is padded to LANES */
     int64_t first_column, columns;
     bool full;           /* every element of the valid rows is attended: `attended` is not filled in */
+    bool masked;         /* the mask excludes some, or adds to scores: `additions` is filled in */
     real* scores;        /* in: dot products of query and key; out: s, -inf where masked */
     real* additions;     /* the additive mask's part; workspace where there is a mask */
     real* cap_slopes;    /* backward with softcap: 1 - tanh^2 = ds/dc; else NULL */
@@ -339,7 +394,8 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     tile->first_column = first_column;
     tile->columns = minimum(TILE_COLUMNS, minimum(last_column, tile->position.keys) - first_column);
     if (tile->columns <= 0) return false;
-    tile->full = attention->mask.data == NULL;
+    tile->full = true;
+    tile->masked = false;
     bool any = false;
     for (int64_t row = 0; row < tile->rows; row++) {
         column_range range = {first_column, first_column};
@@ -355,8 +411,25 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
         if (row < tile->valid_rows && (first > 0 || last < tile->columns)) tile->full = false;
     }
     if (!any || !tile->additions) return any;
-    return load_mask(attention, &tile->position, tile->first_row, tile->valid_rows, tile->rows, first_column, tile->columns,
-                     tile->additions);
+    const mask_share share =
+        load_mask(attention, &tile->position, tile->first_row, tile->valid_rows, tile->rows, first_column, tile->columns, tile->additions);
+    tile->masked = share != MASK_ALL;
+    if (tile->masked) tile->full = false;
+    return share != MASK_NONE;
+}
+
+/* Whether scores are scaled dot products to which nothing is added; limits and boolean masks only exclude. */
+static bool nothing_is_added(const cpu_attention* attention) {
+    const bool boolean = attention->mask.data == NULL || attention->mask.precision == CPU_BOOL;
+    return boolean && attention->softcap == 0 && attention->alibi_slopes == NULL;
+}
+
+/* Which of a vector of the placed tile's rows attend a column, where nothing_is_added(). */
+INLINE vector_mask attended_rows(const score_tile* tile, int64_t column, int64_t row) {
+    const vector_mask first = *(const vector_mask*)(tile->limits + row);
+    const vector_mask last = *(const vector_mask*)(tile->limits + tile->rows + row);
+    const vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
+    return tile->masked ? attended & (vector_load(tile->additions + column * tile->rows + row) == 0) : attended;
 }
 
 /* Turns dot products into scores: scale, softcap, mask, ALiBi, then selection. */
@@ -385,7 +458,7 @@ static void finish_scores(const cpu_attention* attention, score_tile* tile) {
                 if (tile->cap_slopes) vector_store(tile->cap_slopes + at, 1 - capped * capped);
             }
             vector_mask attended = ((vector_mask)(real_bits)column >= first) & ((vector_mask)(real_bits)column < last);
-            if (tile->additions) {
+            if (tile->masked) {
                 vector addition = vector_load(tile->additions + at);
                 score += addition;
                 attended &= ~(addition == -(real)INFINITY);

@@ -179,7 +179,14 @@ def is_tensor(array: Any) -> bool:
 
 def is_recorded(*arrays: Any) -> bool:
     """Whether PyTorch's autograd follows what is computed from one of these: it requires grad, or forward-mode derivatives are in use."""
-    if not any(is_tensor(array) for array in arrays):
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return False
+    tensor = getattr(torch, "Tensor", ())
+    for array in arrays:  # a loop, since this is on the way of every call
+        if isinstance(array, tensor):
+            break
+    else:
         return False
     torch = _torch_framework().torch
     if torch.autograd.forward_ad._current_level >= 0:
