@@ -34,7 +34,7 @@ check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs -name '*.[ch]')
+    clang-format --dry-run -Werror $(find core docs python/src -name '*.[ch]')
     swift format lint --strict --parallel --recursive Package.swift core
     python tools/check_abi.py --check
     python -m pytest --quiet tests/test_header.py
@@ -43,12 +43,12 @@ check: build
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs -name '*.[ch]')
+    clang-format -i $(find core docs python/src -name '*.[ch]')
     swift format --in-place --parallel --recursive Package.swift core
 
-# Measure speed beside PyTorch: ./justw bench [--threads 1] [--quick]
+# Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]
 bench *arguments: build extras
-    @python bench/forward_speed.py "$@"
+    @umfa bench "$@"
 
 # Build the Python wheel for this platform into dist/
 wheels:

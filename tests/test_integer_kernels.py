@@ -274,7 +274,7 @@ def test_attention__a_key_that_leads_to_a_value_of_zero__only_takes_its_share(le
     assert np.sqrt(np.mean((output - exact) ** 2)) <= 0.02 * np.sqrt(np.mean(exact**2)) + 1e-30
 
 
-@pytest.mark.parametrize("length", [1, 32, 65, 128, 129, 200])
+@pytest.mark.parametrize("length", [5, 32, 65, 128, 129, 200])  # fewer rows are decoded, by another kernel
 def test_attention__later_tokens__never_change_a_bit_of_causal_rows(length, contexts, rng):
     whole = integer_problem(rng, Sizes(batch=1, rows=200, columns=200, channels=40, value_channels=24), causal=True)
     whole.value.argument.data[:, :, 150] = 0

@@ -130,6 +130,10 @@ struct KernelTable {
         }
 
         #if arch(x86_64)
+        add(.integer, .forward, .fp32, .avx512, attention_decode_int8_avx512)
+        add(.integer, .forward, .fp32, .avx2, attention_decode_int8_avx2)
+        add(.float, .forward, .fp32, .avx512, attention_decode_float_avx512)
+        add(.float, .forward, .fp32, .avx2, attention_decode_float_avx2)
         add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
         add(.integer, .forward, .fp32, .avxvnni, attention_forward_int8_avxvnni)
         add(.integer, .forward, .fp32, .avx2, attention_forward_int8_avx2)
@@ -160,6 +164,7 @@ struct KernelTable {
         reference(.backwardKeyValue, .fp64, .avx2, attention_backward_key_value_fp64_reference_avx2)
         reference(.backwardBias, .fp64, .avx2, attention_backward_bias_fp64_reference_avx2)
         #elseif arch(arm64)
+        add(.float, .forward, .fp32, .baseline, attention_decode_float_neon)
         add(.integer, .forward, .fp32, .i8mm, attention_forward_int8_i8mm)
         add(.integer, .forward, .fp32, .dotprod, attention_forward_int8_dotprod)
         add(.float, .forward, .fp32, .baseline, attention_forward_float_neon)

@@ -177,6 +177,17 @@ extern const cpu_attention_kernel attention_forward_int8_dotprod;
 extern const cpu_attention_kernel attention_forward_int8_i8mm;
 #endif
 
+/* Kernels for few query rows over many keys, forward: float in FP32 on operands of any type, int8 in integers on INT8 and INT4 keys and
+ * values. */
+#if defined(__x86_64__)
+extern const cpu_attention_kernel attention_decode_float_avx2;
+extern const cpu_attention_kernel attention_decode_float_avx512;
+extern const cpu_attention_kernel attention_decode_int8_avx2;
+extern const cpu_attention_kernel attention_decode_int8_avx512;
+#elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_decode_float_neon;
+#endif
+
 /* ---- Quantisation -------------------------------------------------------------------------------------------------------------------- */
 
 /* Quantising `input` (a float type) into `output`, or dequantising (`input` INT8 or INT4, `output` a float type). An item is one (batch,

@@ -17,7 +17,13 @@ __all__ = ["info"]
 
 _PRECISIONS = {"float32": FP32, "float16": FP16, "bfloat16": BF16, "float64": FP64, "int8": INT8, "int4": INT4}
 _DEVICES = ("cpu", "metal", "softmetal")
-_OPERATIONS = ("forward", "backward_query", "backward_key_value")
+# Operations as libmfa names them, and the query rows of a problem that asks for each; "decode" is forward for a single row.
+_OPERATIONS = {
+    "forward": ("forward", 64),
+    "decode": ("forward", 1),
+    "backward_query": ("backward_query", 64),
+    "backward_key_value": ("backward_key_value", 64),
+}
 _HEAD_DIM = 64
 
 
@@ -34,8 +40,9 @@ def info(context: MFAContext | None = None) -> dict[str, Any]:
     dict
         ``version`` of the package, ``library_version`` and ``library`` (path) of libmfa, ``devices`` (name to whether it is here),
         ``device``, ``num_threads``, ``instruction_set``, ``workspace_bytes`` of the context, ``precisions`` (names of the operands' types
-        that its device serves), ``kernels`` (operation to type to the kernel's name, at head size 64; None where there is none),
-        ``python``, ``platform``, ``packages`` (name to version, None if not installed). Everything in it can be written as JSON.
+        that its device serves), ``kernels`` (operation to type to the kernel's name, at head size 64; None where there is none;
+        ``decode`` is forward for one query), ``python``, ``platform``, ``packages`` (name to version, None if not installed). Everything
+        in it can be written as JSON.
 
     Raises
     ------
@@ -55,7 +62,10 @@ def info(context: MFAContext | None = None) -> dict[str, Any]:
         "instruction_set": details["instruction_set"],
         "workspace_bytes": details["workspace_bytes"],
         "precisions": list(served),
-        "kernels": {operation: {name: _kernel(context, operation, code) for name, code in served.items()} for operation in _OPERATIONS},
+        "kernels": {
+            title: {name: _kernel(context, operation, rows, code) for name, code in served.items()}
+            for title, (operation, rows) in _OPERATIONS.items()
+        },
         "python": platform.python_version(),
         "platform": f"{sys.platform} {platform.machine()}",
         "packages": {name: _package_version(name) for name in ("numpy", "cffi", "torch", "ml_dtypes", "transformers")},
@@ -69,9 +79,9 @@ def _package_version(name: str) -> str | None:
         return None
 
 
-def _kernel(context: MFAContext, operation: str, precision: int) -> str | None:
+def _kernel(context: MFAContext, operation: str, rows: int, precision: int) -> str | None:
     """The name of the kernel for a small problem of one type."""
-    memory = {name: np.zeros(ITEM_SIZES[FP64] * _HEAD_DIM, np.uint8) for name in ("query", "key", "value", "output", "logsumexp")}
+    memory = {name: np.zeros(ITEM_SIZES[FP64] * rows * _HEAD_DIM, np.uint8) for name in ("query", "key", "value", "output", "logsumexp")}
     pointers = {name: ffi.from_buffer(array) for name, array in memory.items()}
     tensors = {}
     for name in ("query", "key", "value", "output"):
@@ -79,8 +89,8 @@ def _kernel(context: MFAContext, operation: str, precision: int) -> str | None:
         tensor.struct_size = ffi.sizeof("mfa_tensor_t")
         tensor.precision = FP32 if name == "output" and precision in (INT8, INT4) else precision
         tensor.data = pointers[name]
-        tensor.shape = (1, 1, 1, _HEAD_DIM)
-        tensor.strides = (_HEAD_DIM, _HEAD_DIM, _HEAD_DIM, 1)
+        tensor.shape = (1, 1, rows, _HEAD_DIM)
+        tensor.strides = (rows * _HEAD_DIM, rows * _HEAD_DIM, _HEAD_DIM, 1)
     attention = ffi.new("mfa_attention_t *")
     lib.mfa_attention_initialize(attention, ffi.sizeof("mfa_attention_t"))
     for name, tensor in tensors.items():

@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#define KERNEL_SUFFIX float_avx2
+#define KERNEL_WIDE_SUFFIX fp64_reference_avx2
+#define KERNEL_TARGET "avx2,fma,f16c"
+#define KERNEL_INTEGER 0
+#define KERNEL_SLICE 8
+#define KERNEL_REGISTERS 16
+#include "decode.h"
+#endif

@@ -1,0 +1,563 @@
+/* Forward attention for few query rows over many keys, as when decoding with a cache: every key and value is read once, where it lies, for
+ * all query heads that share it. This file is a template; the attention_decode_*.c files beside it instantiate it with
+ *
+ *   KERNEL_SUFFIX       the end of the kernel's name, such as float_avx2
+ *   KERNEL_WIDE_SUFFIX  the FP64 kernels that compute rows which overflow FP32 arithmetic
+ *   KERNEL_TARGET       the instruction set as a target attribute string, or undefined for the architecture's baseline
+ *   KERNEL_INTEGER      0: products of FP32 numbers (numbers_float.h).  1: of integers (numbers_int8.h), for INT8 and INT4 keys and values
+ *   KERNEL_SLICE        floats in a register
+ *   KERNEL_REGISTERS    how many of them there are
+ *
+ * The keys of a sequence are split into parts of PART_KEYS, and an item is one part of one head of keys. It goes through its part in blocks:
+ * dot products of all its query rows with a block's keys (lanes are channels), their softmax (lanes are keys), the weighted sum of the
+ * block's values (lanes are channels). What the items leave in shared memory is joined, part by part in their order, when all are done.
+ *
+ * Elements become numbers in registers, without their scales: those of rows multiply scores and weights, those of channels the queries and
+ * the output. FP32 numbers are less their zero points, so that nothing cancels. Rows with other schemes (FP32 only), and those whose channels
+ * are no neighbours or do not fill whole steps, are copied block by block.
+ *
+ * Numerical contract: scores, softmax and output are FP32; integers are rounded as numbers_int8.h says, their sums exact. The sum over the
+ * channels runs in KERNEL_SLICE partial sums that a tree adds up, the one over the keys in order within a block, then over blocks and parts
+ * in order; blocks and parts begin at multiples of their size whatever the limits are. A row's bits depend neither on threads nor on other
+ * rows, heads or batches, nor on strides. Scores are selected, not added. Values that are not finite show in the sum of their block, which is
+ * then computed anew without them. A row that attends one, and one whose result or logsumexp is not finite, is left to the FP64 reference
+ * kernel. */
+#include "../shared/naming.h"
+#include "cpu_kernels.h"
+
+#include <float.h>
+#include <math.h>
+#include <string.h>
+#if KERNEL_INTEGER
+#include <immintrin.h>
+#endif
+
+#define KERNEL_FP64 0
+
+#pragma clang diagnostic push
+#pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
+#pragma clang diagnostic ignored "-Wunused-function" /* the headers serve other kernels too */
+
+#define KERNEL_WIDE_ROWS KERNEL_NAME(attention_forward_rows, KERNEL_WIDE_SUFFIX)
+#define KERNEL_WIDE_ROWS_BYTES KERNEL_NAME(attention_forward_rows_bytes, KERNEL_WIDE_SUFFIX)
+void KERNEL_WIDE_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
+size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
+
+#ifdef KERNEL_TARGET
+#pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
+#endif
+
+/* clang-format off: each file needs those before it */
+#include "../shared/conversion.h"
+#include "../shared/real.h"
+#include "../shared/tile.h"
+#include "../shared/rows.h"
+
+enum {
+    MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
+    PART_KEYS = 512,  /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
+    BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
+    ROWS = 4,         /* query rows that share a register of keys or values */
+    CACHE_LINE = 64,
+};
+
+#include "slices.h"
+#if KERNEL_INTEGER
+#include "numbers_int8.h"
+#else
+#include "numbers_float.h"
+#endif
+#include "operands.h"
+#include "products.h"
+/* clang-format on */
+
+/* ---- Partial results ----------------------------------------------------------------------------------------------------------------- */
+
+/* What is known of a row after some of its keys. Its output follows on the next cache line. */
+typedef struct {
+    float highest; /* score */
+    float sum;     /* of exp(score - highest) */
+    bool attended; /* any key */
+    bool left_out; /* it attends a value that is not finite: the FP64 kernel computes it */
+} partial_row;
+
+INLINE int64_t padded_output(const cpu_attention* attention) {
+    return padded_channels(multiplied_precision(&attention->value), attention->head_dim_v);
+}
+
+INLINE size_t partial_bytes(const cpu_attention* attention) {
+    return CACHE_LINE + (size_t)round_up(padded_output(attention) * (int64_t)sizeof(float), CACHE_LINE);
+}
+
+INLINE float* partial_output(partial_row* partial) {
+    return (float*)((char*)partial + CACHE_LINE);
+}
+
+INLINE int64_t part_count(const cpu_attention* attention) {
+    return maximum(1, divide_up(attention->seq_len_kv, PART_KEYS));
+}
+
+INLINE int64_t group_heads(const cpu_attention* attention) {
+    return attention->num_heads / attention->num_kv_heads;
+}
+
+INLINE int64_t group_rows(const cpu_attention* attention) {
+    return group_heads(attention) * attention->seq_len_q;
+}
+
+/* Rows of a problem with one part are finished at once, and their partial results lie in workspace. */
+static size_t decode_shared_bytes(const cpu_attention* attention) {
+    if (part_count(attention) == 1) return 0;
+    size_t bytes = partial_bytes(attention);
+    const int64_t counts[] = {attention->batch_size, attention->num_heads, attention->seq_len_q, part_count(attention)};
+    for (int n = 0; n < 4; n++) {
+        if (__builtin_mul_overflow(bytes, (size_t)counts[n], &bytes)) return SIZE_MAX;
+    }
+    return bytes;
+}
+
+/* Of row i of head h: the parts' results one behind the other. */
+static partial_row* find_shared_partials(const cpu_attention* attention, int64_t b, int64_t h, int64_t i) {
+    const int64_t row = (b * attention->num_heads + h) * attention->seq_len_q + i;
+    return (partial_row*)((char*)attention->shared + partial_bytes(attention) * (size_t)(row * part_count(attention)));
+}
+
+INLINE partial_row* next_partial(const cpu_attention* attention, partial_row* partial, int64_t count) {
+    return (partial_row*)((char*)partial + partial_bytes(attention) * (size_t)count);
+}
+
+/* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    operand key, value;
+    number* query;      /* [rows][padded head_dim] */
+    float* mean_scores; /* [rows]: dot products with the keys' channel means */
+    uint64_t* attended; /* [rows]: which of the block's keys are */
+    float* additions;   /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
+    float* scores;      /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
+#if KERNEL_INTEGER
+    float* query_scales; /* [rows] */
+    float* query_sums;   /* [rows]: of the row's numbers */
+    number* weights;     /* [rows][BLOCK_KEYS] */
+    float* factors;      /* [rows]: what the block's weighted sums are multiplied by */
+    float* excess;       /* [rows]: what bias and zero points add to those */
+#endif
+    float* rescale;        /* [rows] */
+    float* block_output;   /* [ROWS][padded head_dim_v] */
+    float* finite_values;  /* [BLOCK_KEYS][padded head_dim_v]: the block's values with 0 for what is not finite */
+    float* row;            /* [padded channels] */
+    number* row_numbers;   /* [padded head_dim] */
+    partial_row** partial; /* [rows] */
+    char* partials;        /* those of a problem with one part */
+    char* wide;            /* for the FP64 kernel */
+} decode_workspace;
+
+static size_t decode_layout(const cpu_attention* attention, void* memory, decode_workspace* workspace) {
+    workspace_cursor cursor = {memory, 0};
+    const int64_t rows = group_rows(attention);
+    const int64_t head_dim = padded_channels(attention->key.precision, attention->head_dim), head_dim_v = padded_output(attention);
+    take_operand(&cursor, &attention->key, attention->head_dim, &workspace->key);
+    take_operand(&cursor, &attention->value, attention->head_dim_v, &workspace->value);
+    workspace->query = workspace_take(&cursor, rows * head_dim, sizeof(number));
+    workspace->mean_scores = workspace_take_reals(&cursor, rows);
+    workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
+    workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, rows * BLOCK_KEYS) : NULL;
+    workspace->scores = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
+#if KERNEL_INTEGER
+    workspace->query_scales = workspace_take_reals(&cursor, rows);
+    workspace->query_sums = workspace_take_reals(&cursor, rows);
+    workspace->weights = workspace_take(&cursor, rows * BLOCK_KEYS, sizeof(number));
+    workspace->factors = workspace_take_reals(&cursor, rows);
+    workspace->excess = workspace_take_reals(&cursor, rows);
+#endif
+    workspace->rescale = workspace_take_reals(&cursor, rows);
+    workspace->block_output = workspace_take_reals(&cursor, ROWS * head_dim_v);
+    workspace->finite_values = has_codes(&attention->value) ? NULL : workspace_take_reals(&cursor, BLOCK_KEYS * head_dim_v);
+    workspace->row = workspace_take_reals(&cursor, maximum(head_dim, head_dim_v));
+    workspace->row_numbers = workspace_take(&cursor, head_dim, sizeof(number));
+    workspace->partial = workspace_take(&cursor, rows, sizeof(partial_row*));
+    workspace->partials = workspace_take(&cursor, part_count(attention) == 1 ? rows : 0, partial_bytes(attention));
+    workspace->wide = workspace_take(&cursor, (int64_t)KERNEL_WIDE_ROWS_BYTES(attention), 1);
+    return cursor.used;
+}
+
+static size_t decode_workspace_bytes(const cpu_attention* attention) {
+    return decode_layout(attention, NULL, &(decode_workspace){0});
+}
+
+/* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
+
+#if KERNEL_INTEGER
+/* A query's numbers: its codes, if they are meant to be multiplied as they are, else its channels rounded to 16 bits. */
+static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels,
+                        decode_workspace* workspace) {
+    const cpu_tensor* query = &attention->query;
+    const row_place place = place_of_row(attention, at, row);
+    const int64_t head_dim = attention->head_dim;
+    float scale = 1;
+    bool exact = has_codes(query) && query->scale_strides[3] == 0 && !query->zero_points && !has_channel_scales(&workspace->key.tensor);
+    if (exact) {
+        int8_t scratch[CPU_MAX_HEAD_DIM];
+        const int8_t* codes = load_codes(query, at->b, place.h, place.i, head_dim, scratch);
+        for (int64_t d = 0; d < head_dim; d++) channels[d] = codes[d];
+        if (query->scales) {
+            const int64_t* strides = query->scale_strides;
+            scale = query->scales[at->b * strides[0] + place.h * strides[1] + place.i / query->scale_tokens * strides[2]];
+        }
+    } else {
+        float highest = FLT_MIN;
+        for (int64_t d = 0; d < head_dim; d++) highest = fabsf(channels[d]) > highest ? fabsf(channels[d]) : highest;
+        scale = highest / LARGEST_NUMBER;
+        for (int64_t d = 0; d < head_dim; d++) channels[d] = rintf(channels[d] / highest * LARGEST_NUMBER);
+    }
+    float sum = 0;
+    for (int64_t d = 0; d < head_dim; d++) sum += channels[d];
+    workspace->query_scales[row] = scale;
+    workspace->query_sums[row] = sum;
+}
+#endif
+
+/* Reads the queries of all rows as the keys' codes are to meet them. */
+static void load_queries(const cpu_attention* attention, const head_position* at, decode_workspace* workspace) {
+    const operand* key = &workspace->key;
+    const cpu_tensor query = score_operand(&attention->query);
+    const int64_t head_dim = attention->head_dim, padded = key->padded;
+    const float* scales = NULL;
+    if (has_channel_scales(&key->tensor)) {
+        scales = key->tensor.scales + at->b * key->tensor.scale_strides[0] + at->kv_head * key->tensor.scale_strides[1];
+    }
+    const float* means = key->dequantized ? NULL : key->tensor.channel_means;
+    if (means) means += at->b * key->tensor.mean_strides[0] + at->kv_head * key->tensor.mean_strides[1];
+    for (int64_t row = 0; row < group_rows(attention); row++) {
+        const row_place place = place_of_row(attention, at, row);
+        float* channels = workspace->row;
+        load_row_float(&query, at->b, place.h, place.i, head_dim, channels);
+        float mean_score = 0;
+        for (int64_t d = 0; d < head_dim && means; d++) mean_score += channels[d] * means[d];
+        workspace->mean_scores[row] = mean_score;
+        for (int64_t d = 0; d < head_dim && scales; d++) channels[d] *= scales[d * key->tensor.scale_strides[3]];
+        for (int64_t d = head_dim; d < padded; d++) channels[d] = 0;
+#if KERNEL_INTEGER
+        /* Codes hide a query that is not finite. */
+        if (!rows_are_finite(channels, head_dim, 1, head_dim)) {
+            workspace->mean_scores[row] = NAN;
+            memset(channels, 0, (size_t)head_dim * sizeof(float));
+        }
+        round_query(attention, at, row, channels, workspace);
+#endif
+        number* out = workspace->query + row * padded;
+        const int64_t step = CHANNEL_STEP(key->precision), turns = KEY_TURNS(key->precision);
+        number* in_order = turns == 1 ? out : workspace->row_numbers;
+        for (int64_t d = 0; d < padded; d++) in_order[d] = (number)channels[d];
+        for (int64_t first = 0; first < padded && turns > 1; first += step) {
+            for (int64_t turn = 0; turn < turns; turn++) {
+                for (int64_t d = first + turn; d < first + step; d += turns) *out++ = in_order[d];
+            }
+        }
+    }
+}
+
+/* Bits first ..< last. */
+INLINE uint64_t bits_between(int64_t first, int64_t last) {
+    if (first >= last) return 0;
+    return (~(uint64_t)0 >> (64 - (last - first))) << first;
+}
+
+/* Which of the block's keys each row attends, and the mask's additions. False if none attends any. */
+static bool find_attended(const cpu_attention* attention, const head_position* at, int64_t first_column, int64_t columns,
+                          decode_workspace* workspace) {
+    uint64_t any = 0;
+    for (int64_t row = 0; row < group_rows(attention); row++) {
+        const row_place place = place_of_row(attention, at, row);
+        const column_range range = columns_of_row(attention, at, place.i);
+        uint64_t attended = bits_between(maximum(range.first - first_column, 0), minimum(range.last - first_column, columns));
+        if (workspace->additions && attended) {
+            float* additions = workspace->additions + row * BLOCK_KEYS;
+            const cpu_tensor* mask = &attention->mask;
+            const int64_t offset = row_offset(mask, at->b, place.h, place.i) + first_column * mask->strides[3];
+            load_mask_line(mask, (const char*)mask->data + offset * element_bytes(mask->precision), columns, additions);
+            for (int64_t k = 0; k < columns; k++) attended &= ~((uint64_t)(additions[k] == -INFINITY) << k);
+        }
+        workspace->attended[row] = attended;
+        any |= attended;
+    }
+    return any != 0;
+}
+
+#if KERNEL_INTEGER
+typedef number vector_of_numbers __attribute__((ext_vector_type(LANES)));
+
+/* Rounds a row's weights to multiples of their largest one's share of LARGEST_NUMBER. */
+static void round_weights(int64_t row, decode_workspace* workspace) {
+    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+    const operand* value = &workspace->value;
+    const float* weights = workspace->scores + row * BLOCK_KEYS;
+    vector highest = vector_of(0), excess = vector_of(0);
+    for (int64_t column = 0; column < value->columns; column += LANES) highest = vector_max(highest, vector_load(weights + column));
+    const float largest = highest_of_lanes(highest);
+    const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
+    const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
+    for (int64_t column = 0; column < value->columns; column += LANES) {
+        const vector shifted = vector_load(weights + column) * factor + to_integer;
+        const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
+        memcpy(workspace->weights + row * BLOCK_KEYS + column, &rounded, sizeof rounded);
+        excess += (shifted - to_integer) * vector_load(value->zero_points + column);
+    }
+    workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
+    workspace->excess[row] = sum_of_lanes(excess);
+}
+#endif
+
+/* Turns a row's dot products with the block into scores and those into weights, and takes them into its partial result. A score that is NaN
+ * or +inf makes the sum NaN, and so the row known; one that overflows to -inf has no weight, as it has none by the formulas. */
+static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column,
+                        decode_workspace* workspace) {
+    const vector_mask lane_bits = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
+                                   1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
+    const vector lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const float scale = (float)attention->softmax_scale, softcap = softcap_of(attention), mean_score = workspace->mean_scores[row];
+    const row_place place = place_of_row(attention, at, row);
+    const float slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, place.h) : 0;
+    const vector diagonal = vector_of((float)(place.i + at->offset - first_column)) - lanes;
+    const uint64_t attended = workspace->attended[row];
+    const int64_t columns = workspace->key.columns;
+    partial_row* partial = workspace->partial[row];
+    const float* value_scales = workspace->value.scales;
+    float* scores = workspace->scores + row * BLOCK_KEYS;
+
+    vector highest = vector_of(-INFINITY);
+    for (int64_t column = 0; column < columns; column += LANES) {
+        vector score = vector_load(scores + column);
+#if KERNEL_INTEGER
+        score = (score - vector_load(workspace->key.zero_points + column) * workspace->query_sums[row]) * workspace->query_scales[row];
+#endif
+        score = score * vector_load(workspace->key.scales + column) + mean_score;
+        score *= scale;
+        if (softcap > 0) score = softcap * vector_tanh(score / softcap);
+        if (workspace->additions) score += vector_load(workspace->additions + row * BLOCK_KEYS + column);
+        if (attention->alibi_slopes) {
+            const vector distance = diagonal - (float)column;
+            score -= slope * vector_select(distance < 0, -distance, distance);
+        }
+        const real_bits here = (real_bits)(attended >> column & 0xFFFF);
+        if (here != 0xFFFF) score = vector_select(((vector_mask)here & lane_bits) != 0, score, vector_of(-INFINITY));
+        highest = vector_max(highest, score);
+        vector_store(scores + column, score);
+    }
+    partial->attended = true;
+
+    const float block_highest = highest_of_lanes(highest);
+    float rescale = 1;
+    if (!(block_highest <= partial->highest)) {
+        rescale = real_exp(partial->highest - block_highest);
+        partial->highest = block_highest;
+    }
+    const float reference = partial->highest;
+    vector sums = vector_of(0);
+    for (int64_t column = 0; column < columns; column += LANES) {
+        const vector weight = vector_exp(vector_load(scores + column) - reference);
+        sums += weight;
+        vector_store(scores + column, weight * vector_load(value_scales + column));
+    }
+    partial->sum = partial->sum * rescale + sum_of_lanes(sums);
+    workspace->rescale[row] = rescale;
+#if KERNEL_INTEGER
+    round_weights(row, workspace);
+#endif
+}
+
+/* Copies the block's values as FP32 with 0 for what is not finite. Returns the keys of those that were not. */
+static uint64_t copy_finite_values(const operand* value, int64_t first_column, float* finite) {
+    const int64_t padded = value->padded;
+    uint64_t infinite = 0;
+    for (int64_t k = 0; k < value->columns; k++) {
+        float* row = finite + k * padded;
+        memset(row, 0, (size_t)padded * sizeof(float));
+        load_row_float(&value->tensor, value->b, value->head, first_column + k, value->channels, row);
+        for (int64_t d = 0; d < value->channels; d++) {
+            if (row[d] - row[d] == 0) continue;
+            row[d] = 0;
+            infinite |= (uint64_t)1 << k;
+        }
+    }
+    return infinite;
+}
+
+/* Adds the block's weighted values to the output of rows first ..< first + rows. */
+static void add_values(int64_t first_column, int64_t first, int64_t rows, row_stream* stream, decode_workspace* workspace) {
+    const operand* value = &workspace->value;
+    const int64_t padded = value->padded;
+#if KERNEL_INTEGER
+    (void)first_column;
+    multiply_value_block(value, rows, workspace->weights + first * BLOCK_KEYS, workspace->block_output, stream);
+#else
+    const float* weights = workspace->scores + first * BLOCK_KEYS;
+    if (!multiply_value_block(value, rows, weights, workspace->block_output, stream) && workspace->finite_values) {
+        const uint64_t infinite = copy_finite_values(value, first_column, workspace->finite_values);
+        for (int64_t row = first; row < first + rows; row++) {
+            if (workspace->attended[row] & infinite) workspace->partial[row]->left_out = true;
+        }
+        operand finite = *value;
+        finite.precision = CPU_FP32;
+        finite.rows = (const char*)workspace->finite_values;
+        finite.stride = padded * (int64_t)sizeof(float);
+        multiply_value_block(&finite, rows, weights, workspace->block_output, stream);
+    }
+#endif
+    for (int64_t row = first; row < first + rows; row++) {
+        if (!workspace->attended[row]) continue;
+        const float* block = workspace->block_output + (row - first) * padded;
+        const float rescale = workspace->rescale[row];
+        float* output = partial_output(workspace->partial[row]);
+        for (int64_t d = 0; d < padded; d += SLICE) {
+            slice addition = slice_load(block + d);
+#if KERNEL_INTEGER
+            addition = (addition - workspace->excess[row]) * workspace->factors[row];
+#endif
+            slice_store(output + d, slice_load(output + d) * rescale + addition);
+        }
+    }
+}
+
+/* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
+
+/* Joins the parts of row i of head h and stores it. */
+static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_t h, int64_t i, partial_row* first, int64_t parts,
+                               decode_workspace* workspace) {
+    const cpu_tensor* value = &attention->value;
+    const cpu_precision precision = multiplied_precision(value);
+    const int64_t channels = attention->head_dim_v, padded = padded_output(attention);
+    real highest = -INFINITY, sum = 0;
+    real_bits attended = 0, is_nan = 0;
+    bool left_out = false;
+    for (int64_t part = 0; part < parts; part++) {
+        const partial_row* partial = next_partial(attention, first, part);
+        if (!partial->attended) continue;
+        attended = -1;
+        left_out |= partial->left_out;
+        highest = partial->highest > highest ? partial->highest : highest;
+    }
+    float* sums = workspace->block_output;
+    memset(sums, 0, (size_t)padded * sizeof(float));
+    for (int64_t part = 0; part < parts; part++) {
+        partial_row* partial = next_partial(attention, first, part);
+        if (!partial->attended) continue;
+        const float factor = real_exp(partial->highest - highest);
+        const float* addition = partial_output(partial);
+        sum += partial->sum * factor;
+        for (int64_t d = 0; d < padded; d += SLICE) slice_store(sums + d, slice_load(addition + d) * factor + slice_load(sums + d));
+    }
+
+    const row_statistics statistics = {.highest = &highest, .sum = &sum, .attended = &attended, .is_nan = &is_nan};
+    const float* scales = NULL;
+    if (has_channel_scales(value)) {
+        scales = value->scales + b * value->scale_strides[0] + h / group_heads(attention) * value->scale_strides[1];
+    }
+    float* output = workspace->row; /* of whole steps */
+    real logsumexp;
+    const real factor = finish_row(attention, h, &statistics, 0, &logsumexp);
+    const int64_t step = CHANNEL_STEP(precision), turns = VALUE_TURNS(precision);
+    for (int64_t start = 0; start < padded; start += step) {
+        for (int64_t turn = 0; turn < turns; turn++) {
+            for (int64_t d = start + turn; d < start + step; d += turns) output[d] = attended ? *sums++ * factor : 0;
+        }
+    }
+    for (int64_t d = 0; d < channels && scales; d++) output[d] *= scales[d * value->scale_strides[3]];
+    store_row(&attention->output, b, h, i, channels, output);
+    const int64_t index = (b * attention->num_heads + h) * attention->seq_len_q + i;
+    if (attention->logsumexp) set_statistic(attention, attention->logsumexp, index, logsumexp);
+    left_out |= !rows_are_finite(output, channels, 1, channels) || logsumexp - logsumexp != 0;
+    if (!attended || !left_out) return;
+    cpu_attention wide = *attention;
+    wide.float_statistics = true;
+    KERNEL_WIDE_ROWS(&wide, b, h, i, 1, workspace->wide);
+}
+
+static bool decode_serves(const cpu_attention* attention) {
+    if (attention->seq_len_q > MOST_QUERIES || attention->dropout_p != 0) return false;
+    return !KERNEL_INTEGER || (multiplies_codes(&attention->key) && multiplies_codes(&attention->value));
+}
+
+static int64_t decode_items(const cpu_attention* attention) {
+    return attention->batch_size * attention->num_kv_heads * part_count(attention);
+}
+
+static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {
+    decode_workspace workspace;
+    decode_layout(attention, memory, &workspace);
+    const int64_t parts = part_count(attention), part = item % parts, head = item / parts;
+    const int64_t rows = group_rows(attention), padded_v = padded_output(attention);
+    const head_position at =
+        locate_head(attention, head / attention->num_kv_heads, head % attention->num_kv_heads * group_heads(attention));
+    for (int64_t row = 0; row < rows; row++) {
+        const row_place place = place_of_row(attention, &at, row);
+        partial_row* partial = (partial_row*)(workspace.partials + partial_bytes(attention) * (size_t)row);
+        if (parts > 1) partial = next_partial(attention, find_shared_partials(attention, at.b, place.h, place.i), part);
+        *partial = (partial_row){.highest = -INFINITY};
+        memset(partial_output(partial), 0, (size_t)padded_v * sizeof(float));
+        workspace.partial[row] = partial;
+    }
+
+    column_range range = columns_of_rows(attention, &at, 0, rows);
+    range.first = maximum(range.first / BLOCK_KEYS * BLOCK_KEYS, part * PART_KEYS);
+    const int64_t last_key = minimum(range.last, at.keys);
+    range.last = minimum(last_key, (part + 1) * PART_KEYS);
+    if (range.first < range.last) {
+        const cpu_tensor key = score_operand(&attention->key);
+        place_operand(&key, at.b, at.kv_head, attention->head_dim, &workspace.key);
+        place_operand(&attention->value, at.b, at.kv_head, attention->head_dim_v, &workspace.value);
+        load_queries(attention, &at, &workspace);
+    }
+    for (int64_t column = range.first; column < range.last; column += BLOCK_KEYS) {
+        const int64_t columns = minimum(BLOCK_KEYS, range.last - column), next = column + BLOCK_KEYS;
+        if (!find_attended(attention, &at, column, columns, &workspace)) continue;
+        place_block(&workspace.key, column, columns);
+        place_block(&workspace.value, column, columns);
+        row_stream values = stream_rows(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
+        row_stream keys = stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
+                                      divide_up(columns, KEYS_BETWEEN_FETCHES) *
+                                          divide_up(workspace.value.padded / SLICE, SLICES_AT_ONCE(minimum(rows, ROWS))));
+        for (int64_t row = 0; row < rows; row += ROWS) {
+            multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.padded,
+                               workspace.scores + row * BLOCK_KEYS, &values);
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            if (workspace.attended[row]) weigh_block(attention, &at, row, column, &workspace);
+        }
+        for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &keys, &workspace);
+    }
+
+    for (int64_t row = 0; row < rows && parts == 1; row++) {
+        const row_place place = place_of_row(attention, &at, row);
+        finish_decoded_row(attention, at.b, place.h, place.i, workspace.partial[row], 1, &workspace);
+    }
+}
+
+static int64_t decode_finish_items(const cpu_attention* attention) {
+    return part_count(attention) == 1 ? 0 : attention->batch_size * attention->num_heads;
+}
+
+static void decode_finish(const cpu_attention* attention, int64_t item, void* memory) {
+    decode_workspace workspace;
+    decode_layout(attention, memory, &workspace);
+    const int64_t b = item / attention->num_heads, h = item % attention->num_heads;
+    for (int64_t i = 0; i < attention->seq_len_q; i++) {
+        finish_decoded_row(attention, b, h, i, find_shared_partials(attention, b, h, i), part_count(attention), &workspace);
+    }
+}
+
+#ifdef KERNEL_TARGET
+#pragma clang attribute pop
+#endif
+#pragma clang diagnostic pop
+
+const cpu_attention_kernel KERNEL_NAME(attention_decode, KERNEL_SUFFIX) = {
+    .name = "attention_decode_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .serves = decode_serves,
+    .shared_bytes = decode_shared_bytes,
+    .item_count = decode_items,
+    .workspace_bytes = decode_workspace_bytes,
+    .run = decode_run,
+    .finish_items = decode_finish_items,
+    .finish = decode_finish,
+};

@@ -1,0 +1,82 @@
+/* The numbers that decode kernels multiply, in integers of 16 bits: INT8 and INT4 codes, queries and weights. One instruction (vpmaddwd)
+ * multiplies pairs of them and adds each pair to a sum of 32 bits.
+ *
+ * Codes are multiplied as unsigned numbers, code + BIAS: those come out of their bytes by a mask or a shift, without moving between lanes.
+ * What that adds to a sum, bias times the sum of the other factors, is taken off together with zero points.
+ *
+ * Queries that are quantised by rows are taken as they are, others are rounded to 16 bits: an error of at most 1/65534 of the row's largest
+ * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most
+ * 1024 / SLICE channels, or BLOCK_KEYS keys, of 32767 * 255 each. */
+
+typedef int16_t number;
+typedef uint16_t numbers __attribute__((ext_vector_type(2 * SLICE))); /* what one instruction multiplies; bits of signed numbers */
+typedef integer_slice accumulator;
+
+enum {
+    KEYS_IN_SUM = 2, /* keys whose values one instruction adds up */
+    LARGEST_NUMBER = 32767,
+};
+
+/* Channels that loops go through at once: those of a register of bytes. */
+#define CHANNEL_STEP(precision) ((precision) == CPU_INT4 ? 8 * SLICE : 4 * SLICE)
+/* In how many turns the numbers of a step are taken: turn `n` has the channels n, n + turns, n + 2 * turns ... */
+#define KEY_TURNS(precision) ((precision) == CPU_INT4 ? 4 : 2)
+#define VALUE_TURNS(precision) ((precision) == CPU_INT4 ? 8 : 4)
+/* What is added to codes. */
+#define CODE_BIAS(precision) ((precision) == CPU_INT4 ? 8 : 128)
+
+typedef numbers __attribute__((aligned(1), may_alias)) numbers_in_memory;
+typedef uint32_t word_slice __attribute__((ext_vector_type(SLICE)));
+typedef word_slice __attribute__((aligned(1), may_alias)) word_slice_in_memory;
+
+INLINE numbers numbers_load(const number* address) {
+    return *(const numbers_in_memory*)address;
+}
+
+INLINE numbers numbers_from_words(word_slice words) {
+    numbers halves;
+    memcpy(&halves, &words, sizeof halves);
+    return halves;
+}
+
+/* One number for each of KEYS_IN_SUM keys, in all lanes. */
+INLINE numbers numbers_of_keys(const number* of_keys) {
+    uint32_t pair;
+    memcpy(&pair, of_keys, sizeof pair);
+    return numbers_from_words((word_slice)pair);
+}
+
+INLINE accumulator add_products(accumulator before, numbers a, numbers b) {
+#if KERNEL_SLICE == 16
+    return (accumulator)_mm512_add_epi32((__m512i)before, _mm512_madd_epi16((__m512i)a, (__m512i)b));
+#else
+    return (accumulator)_mm256_add_epi32((__m256i)before, _mm256_madd_epi16((__m256i)a, (__m256i)b));
+#endif
+}
+
+INLINE slice slice_of_sums(accumulator values) {
+    return __builtin_convertvector(values, slice);
+}
+
+/* Number `turn` of each 16 bits of codes, biased. */
+INLINE numbers biased_codes(const cpu_precision precision, numbers codes, const int turn) {
+    if (precision == CPU_INT4) return ((codes ^ 0x8888) >> (4 * turn)) & 15;
+    codes ^= 0x8080;
+    return turn == 0 ? codes & 255 : codes >> 8;
+}
+
+/* Turn `turn` of a step of a key. */
+INLINE numbers load_key(const cpu_precision precision, const bool shifted, const char* step, const int turn, slice zero_point) {
+    (void)shifted, (void)zero_point;
+    return biased_codes(precision, *(const numbers_in_memory*)step, turn);
+}
+
+/* Turn `turn` of a step of the values of KEYS_IN_SUM keys: in each lane of 32 bits a number of the one and of the other. */
+INLINE numbers load_values(const cpu_precision precision, const bool shifted, const char* step, const char* next, const int turn,
+                           slice zero_point) {
+    (void)shifted, (void)zero_point;
+    const int turns = VALUE_TURNS(precision) / 2;
+    const word_slice a = *(const word_slice_in_memory*)step, b = *(const word_slice_in_memory*)next;
+    const word_slice halves = turn < turns ? (a & 0xFFFF) | b << 16 : a >> 16 | (b & 0xFFFF0000);
+    return biased_codes(precision, numbers_from_words(halves), turn % turns);
+}

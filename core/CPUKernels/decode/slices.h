@@ -1,0 +1,91 @@
+/* A slice: the floats of one register, and what decode kernels do with it; and the lanes of a vector taken together. */
+
+enum { SLICE = KERNEL_SLICE };
+
+typedef float slice __attribute__((ext_vector_type(SLICE)));
+typedef int32_t integer_slice __attribute__((ext_vector_type(SLICE)));
+typedef int8_t byte_slice __attribute__((ext_vector_type(SLICE)));
+
+/* What a caller's memory holds, at any address. */
+typedef slice __attribute__((aligned(1), may_alias)) float_slice_in_memory;
+typedef byte_slice __attribute__((aligned(1), may_alias)) byte_slice_in_memory;
+
+INLINE slice slice_load(const float* address) {
+    return *(const float_slice_in_memory*)address;
+}
+
+INLINE void slice_store(float* address, slice value) {
+    *(float_slice_in_memory*)address = value;
+}
+
+INLINE slice slice_of(float value) {
+    return (slice)value;
+}
+
+/* The first half of adding up each group of four lanes: two sums of `a` and two of `b`, in turn. */
+INLINE slice add_halves(slice a, slice b) {
+#if KERNEL_SLICE == 4
+    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#elif KERNEL_SLICE == 8
+    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#endif
+}
+
+/* The second half: the sums of add_halves() added, those of `a` first. */
+INLINE slice add_quarters(slice a, slice b) {
+#if KERNEL_SLICE == 4
+    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#elif KERNEL_SLICE == 8
+    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#endif
+}
+
+#if KERNEL_SLICE > 4
+/* Neighbouring groups of four lanes added: the sums of `a`, then those of `b`. */
+INLINE slice add_groups(slice a, slice b) {
+#if KERNEL_SLICE == 8
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#endif
+}
+#endif
+
+/* The sums of the lanes of SLICE slices, each by the same tree. */
+INLINE slice add_lanes(const slice slices[SLICE]) {
+    slice groups[SLICE / 4];
+#pragma clang loop unroll(full)
+    for (int group = 0; group < SLICE / 4; group++) {
+        const slice* of_group = slices + group * 4;
+        groups[group] = add_quarters(add_halves(of_group[0], of_group[1]), add_halves(of_group[2], of_group[3]));
+    }
+#if KERNEL_SLICE == 4
+    return groups[0];
+#elif KERNEL_SLICE == 8
+    return add_groups(groups[0], groups[1]);
+#else
+    return add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
+#endif
+}
+
+/* The sum of a vector's lanes, by a tree. */
+INLINE float sum_of_lanes(vector values) {
+    vector sum = values + __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+/* The highest of a vector's lanes. */
+INLINE float highest_of_lanes(vector values) {
+    vector highest = vector_max(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    highest = vector_max(highest, __builtin_shufflevector(highest, highest, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3));
+    highest = vector_max(highest, __builtin_shufflevector(highest, highest, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1));
+    return highest[1] > highest[0] ? highest[1] : highest[0];
+}
