@@ -14,7 +14,7 @@ from test_backward import check, random_gradients, run_backward
 from test_properties import bits, part
 
 OPERANDS = ("query", "key", "value")
-MANY_TILES = Sizes(batch=2, heads=4, kv_heads=2, rows=230, columns=310, channels=24, value_channels=40)
+MANY_TILES = Sizes(batch=2, heads=2, kv_heads=1, rows=200, columns=210, channels=9, value_channels=20)
 
 
 def gradients_of(made, context=None, names=OPERANDS):
@@ -64,14 +64,14 @@ def test_attention_backward__many_tiles_alone_or_in_a_batch__give_the_same_bits(
         {"window": (3, 3)},
         {"window": (100, 0), "query_offset": [90, -200]},
         {"kv_lengths": [0, 97]},
-        {"mask": np.arange(310) // 96 == 1},
-        {"mask": np.arange(310) // 96 != 0, "causal": True},
+        {"mask": np.arange(210) // 96 == 1},
+        {"mask": np.arange(210) // 96 != 0, "causal": True},
     ],
     ids=lambda keywords: " ".join(keywords),
 )
 def test_attention_backward__tiles_that_are_skipped__are_waited_for_by_none(keywords, count, contexts, rng):
-    check(problem(rng, MANY_TILES, **keywords), context=contexts[count])
-    check(problem(rng, MANY_TILES, dtypes=("float16",) * 3, **keywords), context=contexts[count])
+    dtype = "float32" if count == 1 else "float16"
+    check(problem(rng, MANY_TILES, dtypes=(dtype,) * 3, **keywords), context=contexts[count])
 
 
 @pytest.mark.parametrize("names", [names for count in (1, 2) for names in itertools.combinations(OPERANDS, count)], ids="-".join)
