@@ -29,12 +29,16 @@ test-python *arguments: build extras
 test-swift *arguments:
     @swift test "$@"
 
+# Check the kernels in C, emulating what this processor lacks: ./justw test-kernels [native|arm64|x86-64 ...] [--times 10] [--sanitize]
+test-kernels *arguments:
+    @python tools/check_kernels.py "$@"
+
 # Check formats, lints, types and the record of the binary interface
 check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs -name '*.[ch]')
+    clang-format --dry-run -Werror $(find core docs python/src tests/kernels -name '*.[ch]')
     swift format lint --strict --parallel --recursive Package.swift core
     python tools/check_abi.py --check
     python -m pytest --quiet tests/test_header.py
@@ -43,12 +47,12 @@ check: build
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs -name '*.[ch]')
+    clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]')
     swift format --in-place --parallel --recursive Package.swift core
 
-# Measure speed beside PyTorch: ./justw bench [--threads 1] [--quick]
+# Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]
 bench *arguments: build extras
-    @python bench/forward_speed.py "$@"
+    @umfa bench "$@"
 
 # Build the Python wheel for this platform into dist/
 wheels:

@@ -1,4 +1,4 @@
-"""What all tests share: contexts, random numbers, hypothesis profiles, and a list of what was left out."""
+"""What all tests share: contexts, random numbers, hypothesis profiles, and lists of what was emulated and what was left out."""
 
 from __future__ import annotations
 
@@ -56,6 +56,11 @@ def rng(request):
 
 
 def pytest_terminal_summary(terminalreporter):
+    kernels = [text for report in terminalreporter.stats.get("passed", []) for name, text in report.user_properties if name == "kernels"]
+    if kernels:
+        terminalreporter.section("kernels")
+        for text in kernels:
+            terminalreporter.line(text)
     left_out = defaultdict(int)
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

@@ -215,7 +215,7 @@ def test_the_program_runs() -> None:
 def test_no_command_shows_the_help() -> None:
     result = program()
     assert "Usage: umfa" in result.stdout + result.stderr
-    for command in ("info", "check", "demo"):
+    for command in ("info", "check", "demo", "bench"):
         assert command in result.stdout + result.stderr
 
 

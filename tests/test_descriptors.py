@@ -23,8 +23,8 @@ def context():
 class Training:
     """A problem after forward, and what backward needs; arrays are ``[batch, heads, tokens, channels]`` views."""
 
-    def __init__(self, context, rng, **fields):
-        self.flat = Flat(rng, causal=True)
+    def __init__(self, context, rng, sizes=(2, 7, 11, 3, 9), **fields):
+        self.flat = Flat(rng, causal=True, sizes=sizes)
         self.attention = self.flat.general(**fields)
         assert lib.mfa_attention_run_forward(context, self.attention.pointer) == SUCCESS, message(context)
         self.grad_output = self.flat.grad_output.swapaxes(1, 2)
@@ -45,8 +45,9 @@ class Training:
 
 @pytest.mark.parametrize("style", [style for style in STYLES if style != "broadcast"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_mfa_attention_run_backward__gradients_of_any_type_and_strides__are_those_of_float32_rounded(dtype, style, context, rng):
-    training = Training(context, rng)
+@pytest.mark.parametrize("sizes", [(2, 7, 11, 3, 9), (1, 210, 250, 2, 33)], ids=["one tile", "many tiles"])
+def test_mfa_attention_run_backward__gradients_of_any_type_and_strides__are_those_of_float32_rounded(sizes, dtype, style, context, rng):
+    training = Training(context, rng, sizes)
     expected = training.expected(context)
     results = {name: place(np.zeros(shape, DTYPES[dtype]), style, rng, poison=7) for name, shape in training.shapes.items()}
     assert training.backward(context, results) == SUCCESS, message(context)

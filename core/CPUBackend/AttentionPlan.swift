@@ -28,8 +28,13 @@ struct AttentionPlan {
             // Integer kernels round the weights of their output: what it would give for d_values is too far off.
             if attention.hasCodes { attention.output.data = nil }
             if !gradients.dValuesGiven { steps.append(.dValues) }
-            if gradients.gradQuery != nil { steps.append(.backwardQuery) }
-            if gradients.gradKey != nil || gradients.gradValue != nil { steps.append(.backwardKeyValue) }
+            let wantsQuery = gradients.gradQuery != nil, wantsKeyValue = gradients.gradKey != nil || gradients.gradValue != nil
+            if (wantsQuery || wantsKeyValue) && table.find(.backward, problem.arithmetic, for: &attention) != nil {
+                steps.append(.backward)
+            } else {
+                if wantsQuery { steps.append(.backwardQuery) }
+                if wantsKeyValue { steps.append(.backwardKeyValue) }
+            }
             if gradients.wantsBias { steps.append(.backwardBias) }
         } else {
             steps.append(.forward)

@@ -7,6 +7,7 @@ import MFACore
 enum Step: Int, CaseIterable {
     case forward
     case dValues
+    case backward
     case backwardQuery
     case backwardKeyValue
     case backwardBias
@@ -19,10 +20,14 @@ enum Step: Int, CaseIterable {
         }
     }
 
+    /// The step that does the work of this one, and of others, in one pass, where a kernel serves it.
+    var joint: Step? { self == .backwardQuery || self == .backwardKeyValue ? .backward : nil }
+
     var name: StaticString {
         switch self {
         case .forward: "forward"
         case .dValues: "d_values"
+        case .backward: "backward"
         case .backwardQuery: "backward for the query"
         case .backwardKeyValue: "backward for key and value"
         case .backwardBias: "backward for mask, sinks and slopes"
@@ -134,6 +139,10 @@ struct KernelTable {
         add(.integer, .forward, .fp32, .avx2, attention_forward_int8_avx2)
         add(.float, .forward, .fp32, .avx512, attention_forward_float_avx512)
         add(.float, .forward, .fp32, .avx2, attention_forward_float_avx2)
+        add(.float, .dValues, .fp32, .avx512, attention_d_values_float_avx512)
+        add(.float, .dValues, .fp32, .avx2, attention_d_values_float_avx2)
+        add(.float, .backward, .fp32, .avx512, attention_backward_float_avx512)
+        add(.float, .backward, .fp32, .avx2, attention_backward_float_avx2)
         reference(.forward, .fp32, .avx512, attention_forward_fp32_reference_avx512)
         reference(.dValues, .fp32, .avx512, attention_d_values_fp32_reference_avx512)
         reference(.backwardQuery, .fp32, .avx512, attention_backward_query_fp32_reference_avx512)
@@ -159,6 +168,8 @@ struct KernelTable {
         add(.integer, .forward, .fp32, .i8mm, attention_forward_int8_i8mm)
         add(.integer, .forward, .fp32, .dotprod, attention_forward_int8_dotprod)
         add(.float, .forward, .fp32, .baseline, attention_forward_float_neon)
+        add(.float, .dValues, .fp32, .baseline, attention_d_values_float_neon)
+        add(.float, .backward, .fp32, .baseline, attention_backward_float_neon)
         #endif
         reference(.forward, .fp32, .baseline, attention_forward_fp32_reference)
         reference(.dValues, .fp32, .baseline, attention_d_values_fp32_reference)
@@ -215,12 +226,18 @@ struct KernelTable {
         quantization = KernelTable.quantization(instructionSet)
     }
 
-    /// The kernel for a step of a problem, as kernels see it.
+    /// The kernel for a step of a problem, as kernels see it: one for its joint step, if there is one.
     func kernel(
         _ step: Step, _ arithmetic: Arithmetic, for attention: UnsafePointer<cpu_attention>
     ) throws(MFAError) -> cpu_attention_kernel {
-        for entry in entries[KernelTable.index(step, arithmetic)] where entry.kernel.serves?(attention) ?? true { return entry.kernel }
+        if let joint = step.joint, let kernel = find(joint, arithmetic, for: attention) { return kernel }
+        if let kernel = find(step, arithmetic, for: attention) { return kernel }
         throw .unsupported("no kernel on this device serves \(step.name) of this problem")
+    }
+
+    /// The same, or nil. Joint steps have kernels for some problems only.
+    func find(_ step: Step, _ arithmetic: Arithmetic, for attention: UnsafePointer<cpu_attention>) -> cpu_attention_kernel? {
+        entries[KernelTable.index(step, arithmetic)].first { $0.kernel.serves?(attention) ?? true }?.kernel
     }
 
     private static func index(_ step: Step, _ arithmetic: Arithmetic) -> Int { step.rawValue * 2 + (arithmetic == .fp64 ? 1 : 0) }

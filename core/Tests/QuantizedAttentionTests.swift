@@ -126,7 +126,7 @@ import Testing
         let query = tensor(numbers, heads: heads, tokens: rows)
         let output = tensor(Numbers(numbers.count), heads: heads, tokens: rows)
         let request = AttentionRequest(query: query, key: query, value: query, output: output, logsumexp: nil)
-        #expect(try context.kernelName(request, .forward).hasPrefix("attention_forward_fp32_reference"))
-        #expect(try context.kernelName(request, .backwardQuery).hasPrefix("attention_backward_query_fp32_reference"))
+        #expect(try context.kernelName(request, .forward).hasPrefix("attention_forward_"))
+        #expect(try context.kernelName(request, .backwardQuery).hasPrefix("attention_backward_"))
     }
 }

@@ -152,11 +152,18 @@ CPU_DECLARE_REFERENCE_KERNELS(fp32_reference_avx512)
 CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
-/* Kernels of FP32 arithmetic. They serve all operands but FP64. */
+/* Kernels of FP32 arithmetic. They serve all operands but FP64. attention_backward writes those of grad_query, grad_key and grad_value that
+ * are present, attention_d_values serves where the output is present. */
 #if defined(__x86_64__)
+extern const cpu_attention_kernel attention_d_values_float_avx2;
+extern const cpu_attention_kernel attention_d_values_float_avx512;
+extern const cpu_attention_kernel attention_backward_float_avx2;
+extern const cpu_attention_kernel attention_backward_float_avx512;
 extern const cpu_attention_kernel attention_forward_float_avx2;
 extern const cpu_attention_kernel attention_forward_float_avx512;
 #elif defined(__aarch64__)
+extern const cpu_attention_kernel attention_d_values_float_neon;
+extern const cpu_attention_kernel attention_backward_float_neon;
 extern const cpu_attention_kernel attention_forward_float_neon;
 #endif
 

@@ -1,4 +1,4 @@
-"""The command line: ``umfa info``, ``umfa check``, ``umfa quantize``, ``umfa demo``.
+"""The command line: ``umfa info``, ``umfa check``, ``umfa quantize``, ``umfa demo``, ``umfa bench``.
 
 Exit codes: 0 done, 1 a check failed, 2 wrong usage or something that is not installed.
 """

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import umfa
+from umfa.bench import BenchError
 from umfa.demo import DemoUnavailableError
 
 __all__ = ["app"]
@@ -23,7 +24,7 @@ _FAILED = 1
 _UNAVAILABLE = 2
 
 app = typer.Typer(
-    help="Quantised Flash Attention: what this installation is, whether it computes right, and a demonstration on a real model.",
+    help="Quantised Flash Attention: what this installation is, whether it computes right, how fast it is, and a demonstration.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,6 +46,17 @@ class Codes(str, Enum):
 
     INT8 = "int8"
     INT4 = "int4"
+
+
+class BenchGroup(str, Enum):
+    """What `umfa bench` measures."""
+
+    FORWARD = "forward"
+    DECODE = "decode"
+    BACKWARD = "backward"
+    OVERHEAD = "overhead"
+    THREADS = "threads"
+    MEMORY = "memory"
 
 
 class Precision(str, Enum):
@@ -189,4 +201,38 @@ def demo(
         else:
             answer(console, _progress, question, precision=precision.value, threads=threads, quick=quick, model=model)
     except DemoUnavailableError as error:
+        raise _give_up(error) from None
+
+
+@app.command()
+def bench(
+    groups: Annotated[list[BenchGroup] | None, typer.Argument(help="What to measure; everything by default.", show_default=False)] = None,
+    threads: Annotated[int, typer.Option(min=1, max=256, help="Threads for every engine alike.")] = 1,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, help="Rounds of every case, however long they take. By default up to 15.", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases, in half a minute.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw a plot; the ending chooses the format.")] = None,
+    only: Annotated[
+        str, typer.Option(help="Only rows whose group, case, engine and type contain this, such as '8,1024,64 causal' or 'umfa int8'.")
+    ] = "",
+) -> None:
+    """Measure speed, memory and error beside PyTorch, ONNX Runtime, OpenVINO and ggml, where they are installed, in one interleaved run."""
+    from umfa.cli.bench import bench as measure
+
+    try:
+        measure(
+            Console(),
+            _progress,
+            groups=[group.value for group in groups or ()],
+            threads=threads,
+            repeats=repeats,
+            quick=quick,
+            only=only,
+            json_path=json_path,
+            plot_path=plot,
+        )
+    except BenchError as error:
         raise _give_up(error) from None

@@ -1,0 +1,7 @@
+#if defined(__x86_64__)
+#define KERNEL_SUFFIX float_avx512
+#define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#define KERNEL_HALF
+#define KERNEL_PANEL_VECTORS 2
+#include "backward_float.h"
+#endif
