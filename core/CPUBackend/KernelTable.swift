@@ -130,7 +130,9 @@ struct KernelTable {
         }
 
         #if arch(x86_64)
+        add(.integer, .forward, .fp32, .avx512vnni, attention_decode_int8_avx512vnni)
         add(.integer, .forward, .fp32, .avx512, attention_decode_int8_avx512)
+        add(.integer, .forward, .fp32, .avxvnni, attention_decode_int8_avxvnni)
         add(.integer, .forward, .fp32, .avx2, attention_decode_int8_avx2)
         add(.float, .forward, .fp32, .avx512, attention_decode_float_avx512)
         add(.float, .forward, .fp32, .avx2, attention_decode_float_avx2)

@@ -86,6 +86,8 @@ static const table_line TABLE[] = {
     {&attention_decode_float_avx512, FORWARD, AVX512, FP32_ARITHMETIC, NULL},
     {&attention_decode_int8_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, NULL},
     {&attention_decode_int8_avx512, FORWARD, AVX512, INTEGER_ARITHMETIC, NULL},
+    {&attention_decode_int8_avxvnni, FORWARD, AVXVNNI, INTEGER_ARITHMETIC, &attention_decode_int8_avx2},
+    {&attention_decode_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, &attention_decode_int8_avx512},
     {&attention_forward_int8_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, NULL},
     {&attention_forward_int8_avxvnni, FORWARD, AVXVNNI, INTEGER_ARITHMETIC, &attention_forward_int8_avx2},
     {&attention_forward_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, NULL},

@@ -3,6 +3,7 @@
 #define KERNEL_WIDE_SUFFIX fp64_reference_avx2
 #define KERNEL_TARGET "avx2,fma,f16c"
 #define KERNEL_INTEGER 1
+#define KERNEL_VNNI 0
 #define KERNEL_SLICE 8
 #define KERNEL_REGISTERS 16
 #include "decode.h"

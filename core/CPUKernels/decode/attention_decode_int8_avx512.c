@@ -3,6 +3,7 @@
 #define KERNEL_WIDE_SUFFIX fp64_reference_avx512
 #define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define KERNEL_INTEGER 1
+#define KERNEL_VNNI 0
 #define KERNEL_SLICE 16
 #define KERNEL_REGISTERS 32
 #include "decode.h"

@@ -5,6 +5,7 @@
  *   KERNEL_WIDE_SUFFIX  the FP64 kernels that compute rows which overflow FP32 arithmetic
  *   KERNEL_TARGET       the instruction set as a target attribute string, or undefined for the architecture's baseline
  *   KERNEL_INTEGER      0: products of FP32 numbers (numbers_float.h).  1: of integers (numbers_int8.h), for INT8 and INT4 keys and values
+ *   KERNEL_VNNI         integers only: 1 if the instruction set has VNNI
  *   KERNEL_SLICE        floats in a register
  *   KERNEL_REGISTERS    how many of them there are
  *

@@ -1,5 +1,5 @@
 /* The numbers that decode kernels multiply, in integers of 16 bits: INT8 and INT4 codes, queries and weights. One instruction (vpmaddwd)
- * multiplies pairs of them and adds each pair to a sum of 32 bits.
+ * multiplies pairs of them and adds each pair up to 32 bits; with VNNI it adds to a sum as well (vpdpwssd).
  *
  * Codes are multiplied as unsigned numbers, code + BIAS: those come out of their bytes by a mask or a shift, without moving between lanes.
  * What that adds to a sum, bias times the sum of the other factors, is taken off together with zero points.
@@ -47,7 +47,11 @@ INLINE numbers numbers_of_keys(const number* of_keys) {
 }
 
 INLINE accumulator add_products(accumulator before, numbers a, numbers b) {
-#if KERNEL_SLICE == 16
+#if KERNEL_VNNI && KERNEL_SLICE == 16
+    return (accumulator)_mm512_dpwssd_epi32((__m512i)before, (__m512i)a, (__m512i)b);
+#elif KERNEL_VNNI
+    return (accumulator)_mm256_dpwssd_avx_epi32((__m256i)before, (__m256i)a, (__m256i)b);
+#elif KERNEL_SLICE == 16
     return (accumulator)_mm512_add_epi32((__m512i)before, _mm512_madd_epi16((__m512i)a, (__m512i)b));
 #else
     return (accumulator)_mm256_add_epi32((__m256i)before, _mm256_madd_epi16((__m256i)a, (__m256i)b));

@@ -182,6 +182,8 @@ extern const cpu_attention_kernel attention_forward_int8_i8mm;
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_decode_float_avx2;
 extern const cpu_attention_kernel attention_decode_float_avx512;
+extern const cpu_attention_kernel attention_decode_int8_avxvnni;
+extern const cpu_attention_kernel attention_decode_int8_avx512vnni;
 extern const cpu_attention_kernel attention_decode_int8_avx2;
 extern const cpu_attention_kernel attention_decode_int8_avx512;
 #elif defined(__aarch64__)
