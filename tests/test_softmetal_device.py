@@ -15,7 +15,7 @@ import pytest
 import build_softmetal
 import embed_kernels
 import umfa
-from cases import Sizes, problem_with
+from cases import Problem, Sizes, problem, problem_with
 from metal_translator import TranslationError, check_address_spaces, translate
 from software_device import DeviceError, SoftwareDevice, replay
 
@@ -374,9 +374,24 @@ def recorded(tmp_path_factory):
         for option in ("plain", "all", "mask_bool"):
             for dtype in ("float32", "int4"):
                 problem_with(option, seed=1, dtypes=(dtype,) * 3, sizes=sizes).run(context=context)
+        careful_problem().run(context=context)
     found = sorted(folder.glob("*.dispatch"))
-    assert len(found) == 6
+    assert len(found) == 7
     return found
+
+
+def careful_problem() -> Problem:
+    """A NaN that no row attends, seen by the last simdgroup alone, which has nothing to do in the next tile.
+
+    If it were to vote on the mask of that tile before the others have read what it says of the NaN, they would not know.
+    """
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=32, columns=70, channels=40, value_channels=64)
+    mask = np.ones((sizes.rows, sizes.columns), bool)
+    mask[:, 5] = False
+    mask[24:, 32:] = False
+    made = problem(np.random.default_rng(1), sizes, mask=mask)
+    made.value.argument[0, 0, 5, 40] = np.nan
+    return made
 
 
 def attention_source() -> str:
