@@ -1,6 +1,18 @@
 // swift-tools-version:6.2
 import PackageDescription
 
+// A Mac has the framework Metal. On Linux a module of that name stands for it, a device in software: docs/softmetal.md.
+#if os(Linux)
+let softMetal: [Target] = [
+    .target(name: "SoftMetalLoader", path: "core/SoftMetal/Loader"),
+    .target(name: "Metal", dependencies: ["SoftMetalLoader"], path: "core/SoftMetal/Metal"),
+]
+let metal: [Target.Dependency] = ["Metal"]
+#else
+let softMetal: [Target] = []
+let metal: [Target.Dependency] = []
+#endif
+
 // Linker flags for the shipped library (version script, soname, static runtime) are on the command line of tools/build_library.py:
 // a package with unsafe flags could not be depended on.
 let package = Package(
@@ -16,10 +28,13 @@ let package = Package(
         .target(name: "CPUKernels", path: "core/CPUKernels"),
         .target(name: "MFACore", path: "core/MFACore"),
         .target(name: "CPUBackend", dependencies: ["MFACore", "CPUKernels"], path: "core/CPUBackend"),
-        .target(name: "MFA", dependencies: ["MFACore", "CPUBackend", "Support"], path: "core/MFA"),
+        .target(
+            name: "MetalBackend", dependencies: ["MFACore", "CPUBackend", "Support"] + metal, path: "core/MetalBackend",
+            exclude: ["Kernels"]),
+        .target(name: "MFA", dependencies: ["MFACore", "CPUBackend", "MetalBackend", "Support"] + metal, path: "core/MFA"),
         .target(name: "CABI", dependencies: ["CMFA", "MFA", "MFACore", "Support"], path: "core/CABI"),
         .testTarget(name: "MFATests", dependencies: ["MFA", "MFACore", "CABI", "CMFA"], path: "core/Tests"),
-    ],
+    ] + softMetal,
     swiftLanguageModes: [.v6],
     cLanguageStandard: .gnu17
 )

@@ -13,6 +13,7 @@ default:
 build:
     @python tools/build_library.py
     @python tools/install.py package
+    @{{ if os() == "linux" { "python tools/build_softmetal.py" } else { "true" } }}
 
 # Run attention inside a real model over real text, at every precision: ./justw demo ["a question"]
 demo *arguments: build extras
@@ -33,21 +34,31 @@ test-swift *arguments:
 test-kernels *arguments:
     @python tools/check_kernels.py "$@"
 
+# Look for accesses beyond buffers in the Metal kernels, on the software device with AddressSanitizer
+test-metal-asan: build
+    @SOFTMETAL_SANITIZER=address python -m pytest tests/test_softmetal_device.py
+
+# Look for races in the Metal kernels, on the software device with ThreadSanitizer
+test-metal-tsan: build
+    @SOFTMETAL_SANITIZER=thread python -m pytest tests/test_softmetal_device.py
+
 # Check formats, lints, types and the record of the binary interface
 check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs python/src tests/kernels -name '*.[ch]')
+    clang-format --dry-run -Werror $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
     swift format lint --strict --parallel --recursive Package.swift core
     python tools/check_abi.py --check
+    python tools/embed_kernels.py --check
     python -m pytest --quiet tests/test_header.py
 
 # Format all sources
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]')
+    clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
+    python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core
 
 # Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]

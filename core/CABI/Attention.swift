@@ -58,7 +58,7 @@ public func mfa_attention_encode_backward(
 /// No device that is served so far has command buffers.
 private func noteEncoding(_ commandBuffer: UnsafeMutableRawPointer?, _ deferred: inout DeferredFailures) {
     if commandBuffer == nil { deferred.notePointer("`command_buffer` must not be NULL") }
-    deferred.noteUnsupported("encoding into a command buffer needs a Metal context")
+    deferred.noteUnsupported("encoding into a command buffer is not served by any device of this version")
 }
 
 @c @implementation

@@ -1,5 +1,10 @@
 import CPUBackend
 public import MFACore
+import MetalBackend
+
+#if os(Linux)
+import Metal
+#endif
 
 /// Which devices there are, and who computes on them: the one place that names backends.
 enum DeviceRegistry {
@@ -12,12 +17,15 @@ enum DeviceRegistry {
     /// Makes the backend of a device.
     static func makeBackend(_ device: Device, _ options: Options) throws(MFAError) -> any Backend {
         switch device {
-        case .auto, .cpu:
+        case .cpu:
             return try CPUBackend(threads: options.threads, allocator: options.allocator)
-        case .metal:
-            throw MFAError(.deviceUnavailable, "the device \"metal\" is not served by this build of the library")
-        case .softmetal:
-            throw MFAError(.deviceUnavailable, "the device \"softmetal\" is not served by this build of the library")
+        case .auto:
+            return try makeBackend(isAvailable(.metal) ? .metal : .cpu, options)
+        case .metal, .softmetal:
+            guard device == installed else {
+                throw MFAError(.deviceUnavailable, "the device \"\(device)\" is not served by this build of the library")
+            }
+            return try makeMetal(options)
         }
     }
 
@@ -25,9 +33,29 @@ enum DeviceRegistry {
     static func isAvailable(_ device: Device) -> Bool {
         switch device {
         case .auto, .cpu: true
-        case .metal, .softmetal: false
+        case .metal, .softmetal: device == installed && MetalBackend.isAvailable
         }
     }
+
+    #if os(Linux)
+    /// The device that the module Metal stands for here.
+    private static let installed = Device.softmetal
+
+    private static func makeMetal(_ options: Options) throws(MFAError) -> any Backend {
+        if !MetalBackend.isAvailable {
+            throw MFAError(
+                .deviceUnavailable, "the device \"softmetal\" needs libsoftmetal, a development tool: \(softMetalLoadError())")
+        }
+        return try MetalBackend(.softmetal, named: "softmetal", threads: options.threads, allocator: options.allocator)
+    }
+    #else
+    /// The device that the module Metal stands for here.
+    private static let installed = Device.metal
+
+    private static func makeMetal(_ options: Options) throws(MFAError) -> any Backend {
+        try MetalBackend(.metal, named: "metal", threads: options.threads, allocator: options.allocator)
+    }
+    #endif
 }
 
 extension Device {

@@ -146,7 +146,7 @@ public struct Tensor {
 
     /// The same view as bytes or larger units that do not overlap by construction: INT4 as bytes of two codes, all else as it is. Strides of
     /// axes with at most one element are 0, so that what a caller wrote there means nothing.
-    var units: (shape: Shape, strides: Strides) {
+    package var units: (shape: Shape, strides: Strides) {
         var shape = shape
         var strides = strides
         if precision == .int4 {

@@ -9,6 +9,10 @@ static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 /* How many forks lie between the process that loaded the library and this one. */
 static atomic_uint generation;
 
+unsigned support_generation(void) {
+    return atomic_load(&generation);
+}
+
 struct support_lock {
     pthread_mutex_t mutex;
     atomic_uint generation; /* of the process that last looked at the lock */

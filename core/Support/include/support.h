@@ -36,4 +36,10 @@ void support_message_copy(char* _Nonnull message, const char* _Nonnull text, siz
 /* This thread's message: SUPPORT_MESSAGE_BYTES, "" at first. */
 char* _Nonnull support_thread_message(void);
 
+/* ---- Processes --------------------------------------------------------------------------------------------------------------------------
+ * */
+
+/* How many forks lie between the process that loaded the library and this one. */
+unsigned support_generation(void);
+
 #endif /* MFA_SUPPORT_H */

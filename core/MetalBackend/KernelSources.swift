@@ -1,0 +1,425 @@
+// Written by tools/embed_kernels.py from core/MetalBackend/Kernels. Do not edit.
+
+// swift-format-ignore-file
+
+enum KernelSources {
+    static let attentionForward = #"""
+        // Forward attention: attention_forward_metal_32, _64 and _128, for head sizes up to these and, in the last, for all others.
+        //
+        // A threadgroup of four simdgroups computes 32 query rows of one head, 8 a simdgroup, and as many channels of the output as the kernel's name
+        // says. Keys and values pass through threadgroup memory in tiles of 32 columns, converted to float on the way; scores, weights and output stay
+        // in 8x8 matrices in registers. A row's maximum and sum run along with it, so no row of scores is ever whole. Columns that no row of the tile
+        // attends are not computed.
+        //
+        // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
+        // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
+        // attended score, or a sum, is not finite, `needs_care` is set: then results mean nothing, and the caller computes in a wider type.
+
+        #include <metal_stdlib>
+        #include <metal_simdgroup_matrix>
+        using namespace metal;
+
+        // How elements lie in memory: the numbers of mfa.h.
+        constant constexpr int FP32 = 0;
+        constant constexpr int FP16 = 1;
+        constant constexpr int BF16 = 2;
+        constant constexpr int INT4 = 4;
+        constant constexpr int INT8 = 8;
+        constant constexpr int BOOL = 16;
+
+        constant int query_type [[function_constant(0)]];
+        constant int key_type [[function_constant(1)]];
+        constant int value_type [[function_constant(2)]];
+        constant int output_type [[function_constant(3)]];
+        constant bool has_logsumexp [[function_constant(4)]];
+        constant bool is_causal [[function_constant(5)]];
+        constant bool has_left_window [[function_constant(6)]];
+        constant bool has_right_window [[function_constant(7)]];
+        constant int mask_type [[function_constant(8)]];  // -1: no mask
+        constant bool has_softcap [[function_constant(9)]];
+        constant bool has_slopes [[function_constant(10)]];
+        constant bool has_sinks [[function_constant(11)]];
+        constant bool has_dropout [[function_constant(12)]];
+
+        constant bool has_mask = mask_type >= 0;
+        constant bool has_query_codes = query_type == INT8 || query_type == INT4;
+        constant bool has_key_codes = key_type == INT8 || key_type == INT4;
+        constant bool has_value_codes = value_type == INT8 || value_type == INT4;
+
+        constant constexpr int ROWS = 32;     // of a threadgroup
+        constant constexpr int COLUMNS = 32;  // of a tile
+        constant constexpr int THREADS = 128;
+        constant constexpr int SIMDGROUPS = 4;
+        constant constexpr int TOGETHER = 4;  // 8x8 blocks of the output whose products do not wait for each other
+
+        // A tensor [batch, head, token, channel]; strides in elements (codes of INT4).
+        struct TensorView {
+            long strides[4];
+            long scale_strides[4];
+            long mean_strides[2];
+            int scale_tokens;    // that share a scale
+            int scale_channels;
+            int has_zero_points;
+            int has_means;
+        };
+
+        struct Parameters {
+            TensorView query;
+            TensorView key;
+            TensorView value;
+            TensorView output;
+            long mask_strides[4];
+            long window_left;
+            long window_right;
+            int batch_size;
+            int num_heads;
+            int num_kv_heads;
+            int seq_len_q;
+            int seq_len_kv;
+            int head_dim;
+            int head_dim_v;
+            float softmax_scale;
+            float softcap;
+            float kept_scale;      // 1 / (1 - dropout_p), 0 if everything is dropped
+            uint drop_threshold;   // a word below it drops its weight
+            uint drops_all;
+            uint seed_low;
+            uint seed_high;
+            uint dropout_offset;
+            uint reserved;
+        };
+
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
+        // An element as it lies in memory: a float, or a code.
+        METAL_FUNC float load_plain(const device uchar* data, long index, int type)
+        {
+            if (type == FP16) { return float(((const device half*)data)[index]); }
+            if (type == BF16) { return float(((const device bfloat*)data)[index]); }
+            return ((const device float*)data)[index];
+        }
+
+        METAL_FUNC int load_code(const device uchar* data, long row, long stride, int channel, int type)
+        {
+            if (type == INT8) { return ((const device char*)data)[row + channel * stride]; }
+            const uchar pair = data[(row + (channel - (channel & 1)) * stride) / 2];
+            const int nibble = (channel & 1) ? pair >> 4 : pair & 15;
+            return nibble >= 8 ? nibble - 16 : nibble;
+        }
+
+        // An element of a query, key or value as the real number that it stands for.
+        METAL_FUNC float load_real(
+            const device uchar* data, const device float* scales, const device int* zero_points, const device float* means,
+            constant TensorView& view, int batch, int head, int token, int channel, int type)
+        {
+            const long row = batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+            if (type != INT8 && type != INT4) { return load_plain(data, row + channel * view.strides[3], type); }
+            const long code = load_code(data, row, view.strides[3], channel, type);
+            const long scale = batch * view.scale_strides[0] + head * view.scale_strides[1] + (token / view.scale_tokens) * view.scale_strides[2]
+                + (channel / view.scale_channels) * view.scale_strides[3];
+            const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
+            const float real = scales[scale] * float(code - zero_point);
+            return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
+        }
+
+        METAL_FUNC void store(device uchar* data, long index, float value, int type)
+        {
+            if (type == FP32) {
+                ((device float*)data)[index] = value;
+            } else if (type == FP16) {
+                ((device half*)data)[index] = half(value);
+            } else {
+                ((device bfloat*)data)[index] = bfloat(value);
+            }
+        }
+
+        // Four random words: Philox4x32-10.
+        METAL_FUNC uint4 philox(uint4 counter, uint2 key)
+        {
+            for (int round = 0; round < 10; round++) {
+                const uint high0 = mulhi(0xD2511F53u, counter.x);
+                const uint low0 = 0xD2511F53u * counter.x;
+                const uint high1 = mulhi(0xCD9E8D57u, counter.z);
+                const uint low1 = 0xCD9E8D57u * counter.z;
+                counter = uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
+                key += uint2(0x9E3779B9u, 0xBB67AE85u);
+            }
+            return counter;
+        }
+
+        template <int CHANNELS>
+        [[kernel, max_total_threads_per_threadgroup(THREADS)]] void attention_forward(
+            constant Parameters& p [[buffer(0)]],
+            const device Sequence* sequences [[buffer(1)]],
+            const device uchar* query [[buffer(2)]],
+            const device uchar* key [[buffer(3)]],
+            const device uchar* value [[buffer(4)]],
+            device uchar* output [[buffer(5)]],
+            device float* logsumexp [[buffer(6), function_constant(has_logsumexp)]],
+            const device uchar* mask [[buffer(7), function_constant(has_mask)]],
+            const device float* slopes [[buffer(8), function_constant(has_slopes)]],
+            const device float* sinks [[buffer(9), function_constant(has_sinks)]],
+            const device float* query_scales [[buffer(10), function_constant(has_query_codes)]],
+            const device int* query_zero_points [[buffer(11), function_constant(has_query_codes)]],
+            const device float* key_scales [[buffer(12), function_constant(has_key_codes)]],
+            const device int* key_zero_points [[buffer(13), function_constant(has_key_codes)]],
+            const device float* key_means [[buffer(14), function_constant(has_key_codes)]],
+            const device float* value_scales [[buffer(15), function_constant(has_value_codes)]],
+            const device int* value_zero_points [[buffer(16), function_constant(has_value_codes)]],
+            device atomic_uint* needs_care [[buffer(17)]],
+            uint3 group [[threadgroup_position_in_grid]],
+            uint index [[thread_index_in_threadgroup]],
+            ushort lane [[thread_index_in_simdgroup]],
+            ushort simdgroup [[simdgroup_index_in_threadgroup]])
+        {
+            constexpr int STRIDE = CHANNELS + 4;  // keeps neighbouring rows out of the same banks
+            threadgroup float tile[COLUMNS * STRIDE];
+            threadgroup int votes[SIMDGROUPS];
+
+            const int value_blocks = (p.head_dim_v + CHANNELS - 1) / CHANNELS;
+            const int batch = int(group.z);
+            const int head = int(group.y) / value_blocks;
+            const int first_value_channel = int(group.y) % value_blocks * CHANNELS;
+            const int kv_head = head / (p.num_heads / p.num_kv_heads);
+            const int first_row = int(group.x) * ROWS;
+
+            // The row and the first of the two columns of an 8x8 matrix that this lane holds.
+            const int quad = lane / 4;
+            const int matrix_row = (quad & 4) + lane / 2 % 4;
+            const int matrix_column = (quad & 2) * 2 + lane % 2 * 2;
+            const int row = first_row + simdgroup * 8 + matrix_row;
+            const bool has_row = row < p.seq_len_q;
+
+            // The columns that this row attends, masks apart: first_column <= j < end_column; and those of the threadgroup.
+            const long length = sequences[batch].length;
+            const long position = row + sequences[batch].offset;
+            const long tile_position = first_row + sequences[batch].offset;
+            long first_column = 0;
+            long end_column = length;
+            long tile_first = 0;
+            long tile_end = length;
+            if (is_causal) {
+                end_column = min(end_column, position + 1);
+                tile_end = min(tile_end, tile_position + ROWS);
+            }
+            if (has_right_window) {
+                end_column = min(end_column, position + p.window_right + 1);
+                tile_end = min(tile_end, tile_position + p.window_right + ROWS);
+            }
+            if (has_left_window) {
+                first_column = max(first_column, position - p.window_left);
+                tile_first = max(tile_first, tile_position - p.window_left);
+            }
+
+            const int channel_blocks = (p.head_dim + CHANNELS - 1) / CHANNELS;
+            const bool holds_query = channel_blocks == 1;
+            simdgroup_float8x8 query_matrices[CHANNELS / 8];
+            simdgroup_float8x8 sums[CHANNELS / 8];
+            for (int block = 0; block < CHANNELS / 8; block++) { sums[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+
+            float largest = -INFINITY;
+            float total = 0.0f;
+            bool is_safe = true;
+            uint poisoned = 0;  // a bit for each of this lane's elements of the output
+            if (has_sinks && sinks[head] != -INFINITY) {
+                largest = sinks[head];
+                total = 1.0f;
+                is_safe = isfinite(largest);
+            }
+            const float slope = has_slopes ? slopes[head] : 0.0f;
+
+            for (long first = tile_first / COLUMNS * COLUMNS; first < tile_end; first += COLUMNS) {
+                // Which of its 8 columns this row attends, and what the mask adds to their scores.
+                bool kept[COLUMNS / 8 * 2];
+                float bias[COLUMNS / 8 * 2];
+                bool any = false;
+                for (int element = 0; element < COLUMNS / 8 * 2; element++) {
+                    const long column = first + element / 2 * 8 + matrix_column + element % 2;
+                    bool keep = has_row && column >= first_column && column < end_column;
+                    bias[element] = 0.0f;
+                    if (has_mask && keep) {
+                        const long place = batch * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2] + column * p.mask_strides[3];
+                        if (mask_type == BOOL) {
+                            keep = mask[place] != 0;
+                        } else {
+                            bias[element] = load_plain(mask, place, mask_type);
+                            keep = bias[element] != -INFINITY;
+                        }
+                    }
+                    kept[element] = keep;
+                    any = any || keep;
+                }
+                if (has_mask) {
+                    // A tile that the mask excludes as a whole costs no more than this.
+                    const bool simdgroup_attends = simd_any(any);
+                    threadgroup_barrier(mem_flags::mem_threadgroup);
+                    if (lane == 0) { votes[simdgroup] = simdgroup_attends; }
+                    threadgroup_barrier(mem_flags::mem_threadgroup);
+                    if ((votes[0] | votes[1] | votes[2] | votes[3]) == 0) { continue; }
+                }
+
+                simdgroup_float8x8 scores[COLUMNS / 8];
+                for (int block = 0; block < COLUMNS / 8; block++) { scores[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+                for (int channel_block = 0; channel_block < channel_blocks; channel_block++) {
+                    const int first_channel = channel_block * CHANNELS;
+                    if (!holds_query || first == tile_first / COLUMNS * COLUMNS) {
+                        for (int block = 0; block < CHANNELS / 8; block++) {
+                            float pair[2];
+                            for (int side = 0; side < 2; side++) {
+                                const int channel = first_channel + block * 8 + matrix_column + side;
+                                pair[side] = has_row && channel < p.head_dim
+                                    ? load_real(query, query_scales, query_zero_points, query_scales, p.query, batch, head, row, channel, query_type)
+                                    : 0.0f;
+                            }
+                            query_matrices[block].thread_elements() = float2(pair[0], pair[1]);
+                        }
+                    }
+                    threadgroup_barrier(mem_flags::mem_threadgroup);
+                    for (int element = int(index); element < COLUMNS * CHANNELS; element += THREADS) {
+                        const int column = element / CHANNELS;
+                        const int channel = element % CHANNELS;
+                        const bool exists = first + column < length && first_channel + channel < p.head_dim;
+                        tile[column * STRIDE + channel] = exists
+                            ? load_real(key, key_scales, key_zero_points, key_means, p.key, batch, kv_head, int(first) + column,
+                                        first_channel + channel, key_type)
+                            : 0.0f;
+                    }
+                    threadgroup_barrier(mem_flags::mem_threadgroup);
+                    for (int column_block = 0; column_block < COLUMNS / 8; column_block++) {
+                        for (int block = 0; block < CHANNELS / 8; block++) {
+                            simdgroup_float8x8 keys;
+                            simdgroup_load(keys, tile + column_block * 8 * STRIDE + block * 8, STRIDE, ulong2(0, 0), true);
+                            simdgroup_multiply_accumulate(scores[column_block], query_matrices[block], keys, scores[column_block]);
+                        }
+                    }
+                }
+
+                float tile_largest = largest;
+                for (int block = 0; block < COLUMNS / 8; block++) {
+                    for (int side = 0; side < 2; side++) {
+                        const int element = block * 2 + side;
+                        float score = scores[block].thread_elements()[side] * p.softmax_scale;
+                        is_safe = is_safe && (!kept[element] || isfinite(score));
+                        if (has_softcap) { score = p.softcap * precise::tanh(score / p.softcap); }
+                        if (has_mask) { score += bias[element]; }
+                        if (has_slopes) {
+                            const long column = first + block * 8 + matrix_column + side;
+                            score -= slope * float(abs(position - column));
+                        }
+                        is_safe = is_safe && (!kept[element] || isfinite(score));
+                        score = kept[element] ? score : -INFINITY;
+                        scores[block].thread_elements()[side] = score;
+                        tile_largest = max(tile_largest, score);
+                    }
+                }
+                // The lanes whose numbers differ in these bits hold the same row.
+                tile_largest = max(tile_largest, simd_shuffle_xor(tile_largest, 1));
+                tile_largest = max(tile_largest, simd_shuffle_xor(tile_largest, 8));
+                const float reference = tile_largest == -INFINITY ? 0.0f : tile_largest;
+                // Arguments of exponentials are at most 0 here, where the fast ones are good to a few units in the last place.
+                const float change = fast::exp2((largest - reference) * M_LOG2E_F);
+                largest = tile_largest;
+                float tile_total = 0.0f;
+                for (int block = 0; block < COLUMNS / 8; block++) {
+                    float pair[2];
+                    for (int side = 0; side < 2; side++) {
+                        pair[side] = fast::exp2((scores[block].thread_elements()[side] - reference) * M_LOG2E_F);
+                        tile_total += pair[side];
+                    }
+                    if (has_dropout) {
+                        const long column = first + block * 8 + matrix_column;
+                        const uint stream = uint(batch) * uint(p.num_heads) + uint(head);
+                        const uint4 words = philox(uint4(uint(column >> 2), uint(row), stream, p.dropout_offset), uint2(p.seed_low, p.seed_high));
+                        for (int side = 0; side < 2; side++) {
+                            const bool drops = p.drops_all || words[(column & 3) + side] < p.drop_threshold;
+                            pair[side] = drops ? 0.0f : pair[side] * p.kept_scale;
+                        }
+                    }
+                    scores[block].thread_elements() = float2(pair[0], pair[1]);
+                }
+                tile_total += simd_shuffle_xor(tile_total, 1);
+                tile_total += simd_shuffle_xor(tile_total, 8);
+                total = total * change + tile_total;
+
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                bool is_finite = true;
+                for (int element = int(index); element < COLUMNS * CHANNELS; element += THREADS) {
+                    const int column = element / CHANNELS;
+                    const int channel = first_value_channel + element % CHANNELS;
+                    const bool exists = first + column < length && channel < p.head_dim_v;
+                    const float real = exists
+                        ? load_real(value, value_scales, value_zero_points, value_scales, p.value, batch, kv_head, int(first) + column, channel,
+                                    value_type)
+                        : 0.0f;
+                    is_finite = is_finite && isfinite(real);
+                    tile[column * STRIDE + element % CHANNELS] = real;
+                }
+                const bool simdgroup_is_finite = simd_all(is_finite);
+                if (lane == 0) { votes[simdgroup] = !simdgroup_is_finite; }
+                threadgroup_barrier(mem_flags::mem_threadgroup);
+                const bool is_careful = (votes[0] | votes[1] | votes[2] | votes[3]) != 0;
+                for (int first_block = 0; first_block < CHANNELS / 8; first_block += TOGETHER) {
+                    // Of this tile alone: fewer numbers are added to a long sum, so it loses less.
+                    simdgroup_float8x8 tile_sums[TOGETHER];
+                    simdgroup_float8x8 poison[TOGETHER];
+                    for (int part = 0; part < TOGETHER; part++) {
+                        tile_sums[part] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                        poison[part] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                        for (int column_block = 0; column_block < COLUMNS / 8; column_block++) {
+                            simdgroup_float8x8 values;
+                            simdgroup_load(values, tile + column_block * 8 * STRIDE + (first_block + part) * 8, STRIDE);
+                            if (is_careful) {
+                                simdgroup_float8x8 attended;
+                                simdgroup_float8x8 wrong;
+                                for (int side = 0; side < 2; side++) {
+                                    const float real = values.thread_elements()[side];
+                                    attended.thread_elements()[side] = kept[column_block * 2 + side] ? 1.0f : 0.0f;
+                                    wrong.thread_elements()[side] = isfinite(real) ? 0.0f : 1.0f;
+                                    values.thread_elements()[side] = isfinite(real) ? real : 0.0f;
+                                }
+                                simdgroup_multiply_accumulate(poison[part], attended, wrong, poison[part]);
+                            }
+                            simdgroup_multiply_accumulate(tile_sums[part], scores[column_block], values, tile_sums[part]);
+                        }
+                    }
+                    for (int part = 0; part < TOGETHER; part++) {
+                        const int block = first_block + part;
+                        sums[block].thread_elements() = sums[block].thread_elements() * change + tile_sums[part].thread_elements();
+                        for (int side = 0; side < 2; side++) {
+                            if (is_careful && poison[part].thread_elements()[side] > 0.0f) { poisoned |= 1u << (block * 2 + side); }
+                        }
+                    }
+                }
+            }
+
+            if (!has_row) { return; }
+            const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+            const long output_row = batch * p.output.strides[0] + head * p.output.strides[1] + row * p.output.strides[2];
+            for (int block = 0; block < CHANNELS / 8; block++) {
+                for (int side = 0; side < 2; side++) {
+                    const int channel = first_value_channel + block * 8 + matrix_column + side;
+                    if (channel < p.head_dim_v) {
+                        const float sum = sums[block].thread_elements()[side];
+                        is_safe = is_safe && isfinite(sum);
+                        const bool is_poisoned = (poisoned >> (block * 2 + side) & 1) != 0;
+                        store(output, output_row + channel * p.output.strides[3], is_poisoned ? NAN : sum * factor, output_type);
+                    }
+                }
+            }
+            if (has_logsumexp && first_value_channel == 0 && matrix_column == 0) {
+                const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+                logsumexp[place] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+            }
+            if (!is_safe) { atomic_store_explicit(needs_care, 1u, memory_order_relaxed); }
+        }
+
+        template [[host_name("attention_forward_metal_32")]] [[kernel]] decltype(attention_forward<32>) attention_forward<32>;
+        template [[host_name("attention_forward_metal_64")]] [[kernel]] decltype(attention_forward<64>) attention_forward<64>;
+        template [[host_name("attention_forward_metal_128")]] [[kernel]] decltype(attention_forward<128>) attention_forward<128>;
+
+        """#
+}
