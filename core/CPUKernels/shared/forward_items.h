@@ -89,6 +89,17 @@ static void compute_rows_again(const cpu_attention* attention, const head_positi
     }
 }
 
+/* Asks for a share of the rows of a block of keys or values that will be needed next, while the present one is computed with. */
+static void prefetch_rows(const cpu_tensor* tensor, const head_position* at, int64_t first, int64_t last, int64_t channels) {
+    enum { CACHE_LINE = 64 };
+    const int64_t bits = tensor->precision == CPU_INT4 ? 4 : 8 * element_bytes(tensor->precision);
+    if (tensor->strides[3] != 1) return;
+    for (int64_t s = first; s < last; s++) {
+        const char* row = (const char*)tensor->data + row_offset(tensor, at->b, at->kv_head, s) * bits / 8;
+        for (int64_t byte = 0; byte < channels * bits / 8; byte += CACHE_LINE) __builtin_prefetch(row + byte, 0, 2);
+    }
+}
+
 static void forward_run(const cpu_attention* attention, int64_t item, void* memory) {
     forward_workspace workspace;
     forward_layout(attention, memory, &workspace);
@@ -116,6 +127,10 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
             if (!loaded) load_block(attention, &workspace, column, minimum(TILE_COLUMNS, range.last - column));
             loaded = true;
             panel.block = workspace.block;
+            const int64_t share = divide_up(TILE_COLUMNS, panels), next = column + TILE_COLUMNS + p * share;
+            const int64_t end = minimum(next + share, range.last);
+            prefetch_rows(&attention->key, &position, next, end, attention->head_dim);
+            prefetch_rows(&attention->value, &position, next, end, attention->head_dim_v);
             attend_block(attention, &panel);
         }
     }
