@@ -201,10 +201,7 @@ static void round_query(const cpu_attention* attention, const head_position* at,
         int8_t scratch[CPU_MAX_HEAD_DIM];
         const int8_t* codes = load_codes(query, at->b, place.h, place.i, head_dim, scratch);
         for (int64_t d = 0; d < head_dim; d++) channels[d] = codes[d];
-        if (query->scales) {
-            const int64_t* strides = query->scale_strides;
-            scale = query->scales[at->b * strides[0] + place.h * strides[1] + place.i / query->scale_tokens * strides[2]];
-        }
+        if (query->scales) scale = query->scales[scale_index(query, at->b, place.h, place.i)];
     } else {
         float highest = FLT_MIN;
         for (int64_t d = 0; d < head_dim; d++) highest = fabsf(channels[d]) > highest ? fabsf(channels[d]) : highest;

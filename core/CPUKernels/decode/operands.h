@@ -25,10 +25,6 @@ typedef struct {
     float* zero_points; /* [BLOCK_KEYS]; with the codes' bias; 0 where there are none */
 } operand;
 
-INLINE bool has_codes(const cpu_tensor* tensor) {
-    return tensor->precision == CPU_INT8 || tensor->precision == CPU_INT4;
-}
-
 /* Whether each channel has one scale for all rows. */
 INLINE bool has_channel_scales(const cpu_tensor* tensor) {
     return has_codes(tensor) && tensor->scales && tensor->scale_strides[3] != 0 && tensor->scale_strides[2] == 0 &&

@@ -69,10 +69,6 @@ static const float LOG2_255 = 7.99435343685885791f;
 
 /* ---- What is served ------------------------------------------------------------------------------------------------------------------ */
 
-static bool is_integer(const cpu_tensor* tensor) {
-    return tensor->precision == CPU_INT8 || tensor->precision == CPU_INT4;
-}
-
 /* Whether all channels of a row share a scale. */
 static bool has_row_scales(const cpu_tensor* tensor) {
     return tensor->scale_strides[3] == 0;
@@ -85,17 +81,13 @@ static bool has_byte_codes(const cpu_tensor* tensor) {
 
 static bool forward_serves(const cpu_attention* attention) {
     const cpu_tensor *query = &attention->query, *key = &attention->key, *value = &attention->value;
-    if (!is_integer(query) || !is_integer(key) || !is_integer(value)) return false;
+    if (!has_codes(query) || !has_codes(key) || !has_codes(value)) return false;
     if (!has_byte_codes(query) || !has_byte_codes(key) || !has_byte_codes(value)) return false;
     bool channel_values = value->scale_channels == 1 && value->scale_strides[2] == 0;
     return has_row_scales(query) && has_row_scales(key) && (has_row_scales(value) || channel_values) && attention->dropout_p == 0;
 }
 
 /* ---- Regular sequences --------------------------------------------------------------------------------------------------------------- */
-
-static int64_t scale_index(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
-    return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
-}
 
 /* Whether every difference of an INT4 code and its zero point is a byte, and no scale (where `with_scales`) is so extreme that the weights
  * of one block would be too far apart for FP32. */

@@ -16,6 +16,7 @@
 
 #include "cpu_kernels.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -113,6 +114,16 @@ static inline uint16_t bfloat_from_double(double value) {
 /* Index of a row's first element (INT4: code) in its tensor. */
 static inline int64_t row_offset(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
     return b * tensor->strides[0] + h * tensor->strides[1] + s * tensor->strides[2];
+}
+
+/* Whether a tensor is INT8 or INT4. */
+static inline bool has_codes(const cpu_tensor* tensor) {
+    return tensor->precision == CPU_INT8 || tensor->precision == CPU_INT4;
+}
+
+/* Index of the first scale of row s, and of its first zero point. */
+static inline int64_t scale_index(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
+    return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
 }
 
 /* The byte that holds the INT4 code of channel d of the row that begins at `offset`; the code is its low nibble if d is even, else its high
@@ -266,7 +277,7 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
     int8_t scratch[CPU_MAX_HEAD_DIM];
     const int8_t* codes = load_codes(tensor, b, h, s, channels, scratch);
 
-    const int64_t first = b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
+    const int64_t first = scale_index(tensor, b, h, s);
     const int64_t stride = tensor->scale_strides[3];
     const float* scales = tensor->scales;
     const int32_t* zero_points = tensor->zero_points;
