@@ -51,6 +51,17 @@ private struct Sequence {
     var length: Int64
 }
 
+// That of attention_sequences.metal.
+
+private struct SequenceParameters {
+    var seqLenQ: Int64
+    var seqLenKV: Int64
+    var batchSize: Int32
+    var hasLengths: Int32
+    var numQueryOffsets: Int32
+    var isLowerRight: Int32
+}
+
 /// One forward problem as the device gets it: everything it reads and writes lies in buffers of its own or that it shares with the host.
 struct AttentionCall: DeviceCall {
     private let problem: AttentionProblem
@@ -62,25 +73,37 @@ struct AttentionCall: DeviceCall {
     /// What is copied to the caller's memory at the end.
     private let copiedOutput: (any MTLBuffer)?
     private let copiedLogsumexp: (any MTLBuffer)?
+    /// Computes where the rows of each sequence stand, if the host must not.
+    private let sequencesCall: SequencesCall?
     /// Where the kernel says that float is too narrow.
     private let needsCareFlag: any MTLBuffer
 
     /// Whether the results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
     private var needsCare: Bool { needsCareFlag.contents().load(as: UInt32.self) != 0 }
 
-    /// Takes all memory that the call needs, and reads the operands that have to be copied.
+    /// Takes all memory that the call needs, and reads the operands that have to be copied. If the call is deferred none have, by
+    /// `checkLocations`, and nothing is read.
     init(
-        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ memory: DeviceMemory, _ kernels: inout AttentionKernels
+        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ memory: DeviceMemory, _ pipelines: inout Pipelines,
+        isDeferred: Bool = false
     ) throws(MFAError) {
         guard let output = problem.output else { throw .argument("`output` must not be NULL") }
         self.problem = problem
         self.kernel = kernel
-        pipeline = try kernels.pipeline(kernel, AttentionKernelOptions(problem))
-        let sequences = AttentionCall.sequences(problem)
-        let lengths = sequences.map { Int($0.length) }
+        pipeline = try pipelines.pipeline(
+            kernel.name, in: KernelSources.attentionForward, AttentionKernelOptions(problem, isDeferred: isDeferred).constants)
         var bindings: [(index: Int, address: DeviceAddress)] = []
-
-        bindings.append((1, try memory.copy(sequences)))
+        var lengths: [Int]?
+        if isDeferred {
+            let call = try SequencesCall(problem, memory, &pipelines)
+            bindings.append((1, call.sequences))
+            sequencesCall = call
+        } else {
+            let sequences = AttentionCall.sequences(problem)
+            lengths = sequences.map { Int($0.length) }
+            bindings.append((1, try memory.copy(sequences)))
+            sequencesCall = nil
+        }
         let query = try AttentionCall.share(problem.query, nil, at: (2, 10, 11, nil), memory, &bindings)
         let key = try AttentionCall.share(problem.key, lengths, at: (3, 12, 13, 14), memory, &bindings)
         let value = try AttentionCall.share(problem.value, lengths, at: (4, 15, 16, nil), memory, &bindings)
@@ -195,6 +218,7 @@ struct AttentionCall: DeviceCall {
 
     /// Binds everything and dispatches the kernel.
     func encode(_ encoder: any MTLComputeCommandEncoder) {
+        sequencesCall?.encode(encoder)
         encoder.setComputePipelineState(pipeline)
         withUnsafeBytes(of: parameters) { bytes in
             if let start = bytes.baseAddress { encoder.setBytes(start, length: bytes.count, index: 0) }
@@ -230,5 +254,44 @@ struct AttentionCall: DeviceCall {
         if let copiedLogsumexp, let logsumexp = problem.logsumexp {
             logsumexp.copyMemory(from: copiedLogsumexp.contents(), byteCount: copiedLogsumexp.length)
         }
+    }
+}
+
+/// Where the rows of each sequence stand among its keys, found out by the device.
+private struct SequencesCall {
+    /// What it writes.
+    let sequences: DeviceAddress
+    private let pipeline: any MTLComputePipelineState
+    private let parameters: SequenceParameters
+    private let lengths: DeviceAddress
+    private let offsets: DeviceAddress
+
+    init(_ problem: AttentionProblem, _ memory: DeviceMemory, _ pipelines: inout Pipelines) throws(MFAError) {
+        let options = problem.options
+        pipeline = try pipelines.pipeline("attention_sequences_metal", in: KernelSources.attentionSequences)
+        parameters = SequenceParameters(
+            seqLenQ: Int64(problem.seqLenQ), seqLenKV: Int64(problem.seqLenKV), batchSize: Int32(problem.batchSize),
+            hasLengths: options.kvLengths == nil ? 0 : 1,
+            numQueryOffsets: options.queryOffsets == nil ? 0 : Int32(options.numQueryOffsets),
+            isLowerRight: options.alignment == .lowerRight ? 1 : 0)
+        let element = MemoryLayout<Int64>.size
+        lengths = try memory.share(options.kvLengths, size: problem.batchSize * element)
+        offsets = try memory.share(options.queryOffsets, size: options.numQueryOffsets * element)
+        let buffer = try memory.make(problem.batchSize * MemoryLayout<Sequence>.stride)
+        sequences = DeviceAddress(buffer: buffer, offset: 0)
+    }
+
+    func encode(_ encoder: any MTLComputeCommandEncoder) {
+        encoder.setComputePipelineState(pipeline)
+        withUnsafeBytes(of: parameters) { bytes in
+            if let start = bytes.baseAddress { encoder.setBytes(start, length: bytes.count, index: 0) }
+        }
+        encoder.setBuffer(lengths.buffer, offset: lengths.offset, index: 1)
+        encoder.setBuffer(offsets.buffer, offset: offsets.offset, index: 2)
+        encoder.setBuffer(sequences.buffer, offset: sequences.offset, index: 3)
+        let width = 32
+        encoder.dispatchThreadgroups(
+            MTLSize(width: (Int(parameters.batchSize) + width - 1) / width, height: 1, depth: 1),
+            threadsPerThreadgroup: MTLSize(width: width, height: 1, depth: 1))
     }
 }

@@ -40,6 +40,7 @@ enum KernelSources {
         constant bool has_slopes [[function_constant(10)]];
         constant bool has_sinks [[function_constant(11)]];
         constant bool has_dropout [[function_constant(12)]];
+        constant bool is_deferred [[function_constant(13)]];  // nobody has checked the scales, and nobody will look at `needs_care`
 
         constant bool has_mask = mask_type >= 0;
         constant bool has_query_codes = query_type == INT8 || query_type == INT4;
@@ -122,7 +123,9 @@ enum KernelSources {
             const long scale = batch * view.scale_strides[0] + head * view.scale_strides[1] + (token / view.scale_tokens) * view.scale_strides[2]
                 + (channel / view.scale_channels) * view.scale_strides[3];
             const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-            const float real = scales[scale] * float(code - zero_point);
+            const float unit = scales[scale];
+            if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+            const float real = unit * float(code - zero_point);
             return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
         }
 
@@ -396,8 +399,12 @@ enum KernelSources {
                 }
             }
 
+            // A row with a score that is not finite is NaN as a whole, whichever lane saw it.
+            uint row_is_safe = is_safe ? 1 : 0;
+            row_is_safe &= simd_shuffle_xor(row_is_safe, 1);
+            row_is_safe &= simd_shuffle_xor(row_is_safe, 8);
             if (!has_row) { return; }
-            const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+            const float factor = row_is_safe == 0 ? NAN : total == 0.0f ? 0.0f : 1.0f / total;
             const long output_row = batch * p.output.strides[0] + head * p.output.strides[1] + row * p.output.strides[2];
             for (int block = 0; block < CHANNELS / 8; block++) {
                 for (int side = 0; side < 2; side++) {
@@ -412,7 +419,7 @@ enum KernelSources {
             }
             if (has_logsumexp && first_value_channel == 0 && matrix_column == 0) {
                 const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
-                logsumexp[place] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+                logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
             if (!is_safe) { atomic_store_explicit(needs_care, 1u, memory_order_relaxed); }
         }
@@ -420,6 +427,51 @@ enum KernelSources {
         template [[host_name("attention_forward_metal_32")]] [[kernel]] decltype(attention_forward<32>) attention_forward<32>;
         template [[host_name("attention_forward_metal_64")]] [[kernel]] decltype(attention_forward<64>) attention_forward<64>;
         template [[host_name("attention_forward_metal_128")]] [[kernel]] decltype(attention_forward<128>) attention_forward<128>;
+
+        """#
+    static let attentionSequences = #"""
+        // attention_sequences_metal: where the rows of each sequence stand among its keys, and how many of these there are, from arrays that only the
+        // device reads. For calls that the host waits for it computes the same.
+        //
+        // Contract: lengths are clamped to 0 ... seq_len_kv, and offsets to less than 2^61 in magnitude, so that nobody reads beyond a buffer.
+
+        #include <metal_stdlib>
+        using namespace metal;
+
+        struct Parameters {
+            long seq_len_q;
+            long seq_len_kv;
+            int batch_size;
+            int has_lengths;
+            int num_query_offsets;
+            int is_lower_right;
+        };
+
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
+        constant constexpr long FARTHEST = (1L << 61) - 1;
+
+        kernel void attention_sequences_metal(
+            constant Parameters& p [[buffer(0)]],
+            const device long* lengths [[buffer(1)]],
+            const device long* offsets [[buffer(2)]],
+            device Sequence* sequences [[buffer(3)]],
+            uint batch [[thread_position_in_grid]])
+        {
+            if (int(batch) >= p.batch_size) { return; }
+            const long length = p.has_lengths ? clamp(lengths[batch], 0L, p.seq_len_kv) : p.seq_len_kv;
+            long offset = 0;
+            if (p.num_query_offsets > 0) {
+                offset = clamp(offsets[p.num_query_offsets > 1 ? batch : 0], -FARTHEST, FARTHEST);
+            } else if (p.is_lower_right) {
+                offset = length - p.seq_len_q;
+            }
+            sequences[batch].offset = offset;
+            sequences[batch].length = length;
+        }
 
         """#
 }

@@ -34,6 +34,7 @@ constant bool has_softcap [[function_constant(9)]];
 constant bool has_slopes [[function_constant(10)]];
 constant bool has_sinks [[function_constant(11)]];
 constant bool has_dropout [[function_constant(12)]];
+constant bool is_deferred [[function_constant(13)]];  // nobody has checked the scales, and nobody will look at `needs_care`
 
 constant bool has_mask = mask_type >= 0;
 constant bool has_query_codes = query_type == INT8 || query_type == INT4;
@@ -116,7 +117,9 @@ METAL_FUNC float load_real(
     const long scale = batch * view.scale_strides[0] + head * view.scale_strides[1] + (token / view.scale_tokens) * view.scale_strides[2]
         + (channel / view.scale_channels) * view.scale_strides[3];
     const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-    const float real = scales[scale] * float(code - zero_point);
+    const float unit = scales[scale];
+    if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+    const float real = unit * float(code - zero_point);
     return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
 }
 
@@ -390,8 +393,12 @@ template <int CHANNELS>
         }
     }
 
+    // A row with a score that is not finite is NaN as a whole, whichever lane saw it.
+    uint row_is_safe = is_safe ? 1 : 0;
+    row_is_safe &= simd_shuffle_xor(row_is_safe, 1);
+    row_is_safe &= simd_shuffle_xor(row_is_safe, 8);
     if (!has_row) { return; }
-    const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+    const float factor = row_is_safe == 0 ? NAN : total == 0.0f ? 0.0f : 1.0f / total;
     const long output_row = batch * p.output.strides[0] + head * p.output.strides[1] + row * p.output.strides[2];
     for (int block = 0; block < CHANNELS / 8; block++) {
         for (int side = 0; side < 2; side++) {
@@ -406,7 +413,7 @@ template <int CHANNELS>
     }
     if (has_logsumexp && first_value_channel == 0 && matrix_column == 0) {
         const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
-        logsumexp[place] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+        logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
     }
     if (!is_safe) { atomic_store_explicit(needs_care, 1u, memory_order_relaxed); }
 }
