@@ -17,7 +17,7 @@ from metal_translator import source_hash
 SLOTS = 31
 
 
-class _Buffer(ctypes.Structure):
+class _Binding(ctypes.Structure):
     _fields_ = [("address", ctypes.c_void_p), ("length", ctypes.c_uint64)]
 
 
@@ -28,7 +28,7 @@ class _Constant(ctypes.Structure):
 class _Job(ctypes.Structure):
     _fields_ = [
         ("kernel", ctypes.c_void_p),
-        ("buffers", ctypes.POINTER(_Buffer)),
+        ("bindings", ctypes.POINTER(_Binding)),
         ("threadgroup_lengths", ctypes.POINTER(ctypes.c_uint32)),
         ("constants", ctypes.POINTER(_Constant)),
         ("constant_count", ctypes.c_uint32),
@@ -76,10 +76,10 @@ class SoftwareDevice:
             With the device's report.
         """
         job = _Job(kernel=self.kernels[kernel])
-        bound = (_Buffer * SLOTS)()
+        bound = (_Binding * SLOTS)()
         for index, array in buffers.items():
-            bound[index] = _Buffer(array.ctypes.data, array.nbytes)
-        job.buffers = bound
+            bound[index] = _Binding(array.ctypes.data, array.nbytes)
+        job.bindings = bound
         lengths = (ctypes.c_uint32 * SLOTS)()
         for index, length in (memory or {}).items():
             lengths[index] = length

@@ -108,7 +108,7 @@ def build(output: Path, sources: Mapping[str, str], *, sanitizer: str = "", prog
     flags = SANITIZERS[sanitizer]
     # ThreadSanitizer is to look at kernels, not at what switches between their fibers.
     executor_flags = ["-O2", "-DSOFTMETAL_THREAD_SANITIZER"] if sanitizer == "thread" else flags
-    names = ["executor.cpp", "dispatch.cpp", *(["replay.cpp"] if program else [])]
+    names = ["executor.cpp", "dispatch.cpp", "objects.cpp", *(["replay.cpp"] if program else [])]
     jobs = [((CORE / "Executor" / name).read_text(encoding="utf-8"), Path(name).stem, executor_flags) for name in names]
     for name, text in sources.items():
         jobs.append((translate(text, name), Path(name).stem, ["-I", str(CORE / "Headers"), *KERNEL_FLAGS, *flags]))

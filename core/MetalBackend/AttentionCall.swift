@@ -1,3 +1,4 @@
+import CPUBackend
 import MFACore
 import Metal
 
@@ -51,9 +52,10 @@ private struct Sequence {
 }
 
 /// One forward problem as the device gets it: everything it reads and writes lies in buffers of its own or that it shares with the host.
-struct AttentionCall {
-    let options: AttentionKernelOptions
-    let problem: AttentionProblem
+struct AttentionCall: DeviceCall {
+    private let problem: AttentionProblem
+    private let kernel: AttentionKernel
+    private let pipeline: any MTLComputePipelineState
     private let parameters: Parameters
     /// By index in the kernel's signature.
     private let bindings: [(index: Int, address: DeviceAddress)]
@@ -64,13 +66,16 @@ struct AttentionCall {
     private let needsCareFlag: any MTLBuffer
 
     /// Whether the results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
-    var needsCare: Bool { needsCareFlag.contents().load(as: UInt32.self) != 0 }
+    private var needsCare: Bool { needsCareFlag.contents().load(as: UInt32.self) != 0 }
 
     /// Takes all memory that the call needs, and reads the operands that have to be copied.
-    init(_ problem: AttentionProblem, _ memory: DeviceMemory) throws(MFAError) {
+    init(
+        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ memory: DeviceMemory, _ kernels: inout AttentionKernels
+    ) throws(MFAError) {
         guard let output = problem.output else { throw .argument("`output` must not be NULL") }
         self.problem = problem
-        options = AttentionKernelOptions(problem)
+        self.kernel = kernel
+        pipeline = try kernels.pipeline(kernel, AttentionKernelOptions(problem))
         let sequences = AttentionCall.sequences(problem)
         let lengths = sequences.map { Int($0.length) }
         var bindings: [(index: Int, address: DeviceAddress)] = []
@@ -189,7 +194,7 @@ struct AttentionCall {
     }
 
     /// Binds everything and dispatches the kernel.
-    func encode(_ encoder: any MTLComputeCommandEncoder, _ pipeline: any MTLComputePipelineState, _ kernel: AttentionKernel) {
+    func encode(_ encoder: any MTLComputeCommandEncoder) {
         encoder.setComputePipelineState(pipeline)
         withUnsafeBytes(of: parameters) { bytes in
             if let start = bytes.baseAddress { encoder.setBytes(start, length: bytes.count, index: 0) }
@@ -203,7 +208,11 @@ struct AttentionCall {
     }
 
     /// Copies what the device wrote to where the caller wants it.
-    func copyResults() {
+    func finish(_ cpu: CPUBackend) throws(MFAError) {
+        if needsCare { try cpu.forward(problem) } else { copyResults() }
+    }
+
+    private func copyResults() {
         if let copiedOutput, let output = problem.output, let address = output.address {
             let layout = PackedLayout(output)
             layout.forEachRow(output, tokens: { _ in output.shape[2] }) { original, packed, count, stride in

@@ -76,12 +76,15 @@ public final class MetalBackend: Backend {
         try checkProcess()
         guard let kernel = AttentionKernels.choose(problem) else { return try cpu.forward(problem) }
         if problem.isEmpty { return }
-        let call = try AttentionCall(problem, memory)
-        let pipeline = try kernels.pipeline(kernel, call.options)
+        try run(try AttentionCall(problem, kernel, memory, &kernels))
+    }
+
+    /// Has the device start a call; `finish` waits for it.
+    private func run(_ call: any DeviceCall) throws(MFAError) {
         guard let commandBuffer = queue.makeCommandBuffer(), let encoder = commandBuffer.makeComputeCommandEncoder() else {
             throw MFAError(.allocationFailed, "a command buffer could not be had")
         }
-        call.encode(encoder, pipeline, kernel)
+        call.encode(encoder)
         encoder.endEncoding()
         commandBuffer.commit()
         pending = PendingCall(commandBuffer: commandBuffer, call: call)
@@ -94,9 +97,8 @@ public final class MetalBackend: Backend {
         if let error = pending.commandBuffer.error {
             throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
         }
-        guard pending.call.needsCare else { return pending.call.copyResults() }
         do throws(MFAError) {
-            try cpu.forward(pending.call.problem)
+            try pending.call.finish(cpu)
         } catch {
             // Too late for another status: where results are not copied, the device has written them.
             throw MFAError(.executionFailed, error.message)
@@ -141,8 +143,17 @@ public final class MetalBackend: Backend {
     }
 }
 
+/// What a call of the library has the device do. All memory and all pipelines that it needs are there when it exists.
+protocol DeviceCall {
+    /// Records its kernels, in the order in which they are to run.
+    func encode(_ encoder: any MTLComputeCommandEncoder)
+
+    /// Called when the device has run them: gives the results to the caller. What it finds that the device cannot compute, the CPU does.
+    func finish(_ cpu: CPUBackend) throws(MFAError)
+}
+
 /// Work that the GPU may still be at.
 private struct PendingCall {
     let commandBuffer: any MTLCommandBuffer
-    let call: AttentionCall
+    let call: any DeviceCall
 }

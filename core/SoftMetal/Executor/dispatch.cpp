@@ -51,7 +51,7 @@ std::string check(const sm_job& job) {
             if (length % 16) return what + "a length of threadgroup memory is a multiple of 16 (got " + text(length) + ")";
             memory += length;
         } else {
-            const sm_buffer& buffer = job.buffers[parameter.index];
+            const sm_binding& buffer = job.bindings[parameter.index];
             if (!buffer.address) return what + "no buffer is bound";
             if (buffer.length < parameter.least_size)
                 return what + "the buffer has " + text(buffer.length) + " bytes, " + text(parameter.least_size) + " are needed";
@@ -113,7 +113,7 @@ struct Work {
             addresses[parameter.index] = memory[parameter.index].data();
             group.host_memory += memory[parameter.index].size();
         }
-        const sm_arguments arguments = {job.buffers, addresses};
+        const sm_arguments arguments = {job.bindings, addresses};
         group.arguments = &arguments;
         group.prepare();
         sm_thread& base = group.base;

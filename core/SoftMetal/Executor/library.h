@@ -6,7 +6,7 @@
 
 // Where a kernel finds its arguments.
 struct sm_arguments {
-    const sm_buffer* buffers;
+    const sm_binding* buffers;
     void* const* threadgroup_memory;
 };
 

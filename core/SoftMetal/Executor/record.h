@@ -60,7 +60,7 @@ class Record {
     }
     void buffers(const sm_job& job) const {
         for (int slot = 0; slot < SM_BUFFER_SLOTS; slot++)
-            bytes(job.buffers[slot].address, job.buffers[slot].address ? job.buffers[slot].length : 0);
+            bytes(job.bindings[slot].address, job.bindings[slot].address ? job.bindings[slot].length : 0);
     }
 };
 

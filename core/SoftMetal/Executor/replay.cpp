@@ -82,12 +82,12 @@ bool replay(const char* path) {
     for (uint32_t& bytes : lengths) bytes = static_cast<uint32_t>(reader.number());
     job.threadgroup_lengths = lengths;
     std::unique_ptr<char[]> memory[SM_BUFFER_SLOTS];
-    sm_buffer buffers[SM_BUFFER_SLOTS];
+    sm_binding buffers[SM_BUFFER_SLOTS];
     for (int slot = 0; slot < SM_BUFFER_SLOTS; slot++) {
         memory[slot] = reader.bytes(&length);
         buffers[slot] = {memory[slot].get(), length};
     }
-    job.buffers = buffers;
+    job.bindings = buffers;
     char message[4096];
     if (sm_run(&job, message, sizeof(message)) != 0) {
         fprintf(stderr, "softmetal-replay: %s: %s\n", path, message);

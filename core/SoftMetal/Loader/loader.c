@@ -40,20 +40,57 @@ static void load(void) {
         snprintf(message, sizeof(message), "%s has another interface than this library asks for", path);
         return;
     }
-    functions.library_find = (const sm_library* (*)(uint64_t))dlsym(library, "sm_library_find");
-    functions.library_kernel_count = (uint32_t (*)(const sm_library*))dlsym(library, "sm_library_kernel_count");
-    functions.library_kernel = (const sm_kernel* (*)(const sm_library*, uint32_t))dlsym(library, "sm_library_kernel");
-    functions.kernel_name = (const char* (*)(const sm_kernel*))dlsym(library, "sm_kernel_name");
-    functions.kernel_most_threads = (uint32_t (*)(const sm_kernel*))dlsym(library, "sm_kernel_most_threads");
-    functions.run = (int32_t (*)(const sm_job*, char*, size_t))dlsym(library, "sm_run");
-    is_loaded = functions.library_find && functions.library_kernel_count && functions.library_kernel && functions.kernel_name &&
-                functions.kernel_most_threads && functions.run;
-    if (!is_loaded) snprintf(message, sizeof(message), "%s lacks a function", path);
+    is_loaded = true;
+#define LOAD(name)                                                         \
+    do {                                                                   \
+        *(void**)&functions.name = dlsym(library, "sm_" #name);            \
+        if (!functions.name) {                                             \
+            snprintf(message, sizeof(message), "%s lacks sm_" #name, path); \
+            is_loaded = false;                                             \
+        }                                                                  \
+    } while (0)
+    LOAD(library_find);
+    LOAD(library_kernel_count);
+    LOAD(library_kernel);
+    LOAD(kernel_name);
+    LOAD(kernel_most_threads);
+    LOAD(kernel_specialize);
+    LOAD(kind);
+    LOAD(retain);
+    LOAD(release);
+    LOAD(label);
+    LOAD(set_label);
+    LOAD(device_default);
+    LOAD(device_name);
+    LOAD(device_supports_family);
+    LOAD(device_new_command_queue);
+    LOAD(device_new_buffer);
+    LOAD(device_new_buffer_no_copy);
+    LOAD(buffer_contents);
+    LOAD(buffer_length);
+    LOAD(buffer_device);
+    LOAD(command_queue_device);
+    LOAD(command_queue_new_command_buffer);
+    LOAD(command_buffer_device);
+    LOAD(command_buffer_dispatch);
+    LOAD(command_buffer_add_completed_handler);
+    LOAD(command_buffer_commit);
+    LOAD(command_buffer_wait_until_completed);
+    LOAD(command_buffer_status);
+    LOAD(command_buffer_error);
+    LOAD(command_buffer_gpu_start_time);
+    LOAD(command_buffer_gpu_end_time);
+#undef LOAD
+}
+
+bool softmetal_is_loaded(void) {
+    pthread_once(&once, load);
+    return is_loaded;
 }
 
 const softmetal_functions* softmetal_load(void) {
     pthread_once(&once, load);
-    return is_loaded ? &functions : NULL;
+    return &functions;
 }
 
 const char* softmetal_load_error(void) {

@@ -36,6 +36,14 @@ public enum MTLGPUFamily: Int, Sendable {
     case apple7 = 1007
     case apple8 = 1008
     case apple9 = 1009
+    case apple10 = 1010
+}
+
+public enum MTLStorageMode: UInt, Sendable {
+    case shared = 0
+    case managed = 1
+    case `private` = 2
+    case memoryless = 3
 }
 
 public enum MTLMathMode: Int, Sendable {
@@ -76,7 +84,13 @@ public final class MTLFunctionConstantValues {
     }
 }
 
-public protocol MTLBuffer: AnyObject, Sendable {
+public protocol MTLResource: AnyObject, Sendable {
+    var label: String? { get set }
+    var device: any MTLDevice { get }
+    var storageMode: MTLStorageMode { get }
+}
+
+public protocol MTLBuffer: MTLResource {
     var length: Int { get }
     func contents() -> UnsafeMutableRawPointer
 }
@@ -109,17 +123,21 @@ public protocol MTLComputeCommandEncoder: MTLCommandEncoder {
 }
 
 public protocol MTLCommandBuffer: AnyObject {
+    var device: any MTLDevice { get }
     var status: MTLCommandBufferStatus { get }
     var error: (any Error)? { get }
     var gpuStartTime: CFTimeInterval { get }
     var gpuEndTime: CFTimeInterval { get }
     func makeComputeCommandEncoder() -> (any MTLComputeCommandEncoder)?
+    func addCompletedHandler(_ block: @escaping @Sendable (any MTLCommandBuffer) -> Void)
     func commit()
     func waitUntilCompleted()
 }
 
 public protocol MTLCommandQueue: AnyObject, Sendable {
+    var device: any MTLDevice { get }
     func makeCommandBuffer() -> (any MTLCommandBuffer)?
+    func makeCommandBufferWithUnretainedReferences() -> (any MTLCommandBuffer)?
 }
 
 public protocol MTLDevice: AnyObject, Sendable {

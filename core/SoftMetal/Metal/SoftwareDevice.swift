@@ -1,6 +1,5 @@
-// The device behind the interface: calls of libsoftmetal.
+// The objects behind the interface: each holds one of libsoftmetal's.
 
-import Glibc
 import SoftMetalLoader
 
 /// What a failure says.
@@ -8,105 +7,162 @@ struct SoftwareError: Error, CustomStringConvertible {
     let description: String
 }
 
-/// The one device that there is.
-final class SoftwareDevice: MTLDevice {
-    static let shared: SoftwareDevice? = softmetal_load().map { SoftwareDevice($0) }
+/// The functions of libsoftmetal. Only what they made gets here, so they were loaded.
+private nonisolated(unsafe) let sm = softmetal_load().pointee
 
-    nonisolated(unsafe) let functions: UnsafePointer<softmetal_functions>
+/// A reference to an object of libsoftmetal.
+private final class Reference: @unchecked Sendable {
+    let object: OpaquePointer
 
-    private init(_ functions: UnsafePointer<softmetal_functions>) {
-        self.functions = functions
+    /// Takes over a reference.
+    init(owning object: OpaquePointer) {
+        self.object = object
     }
 
-    var name: String { "software Metal device" }
+    deinit {
+        sm.release(UnsafeMutableRawPointer(object))
+    }
+
+    /// A reference of its own to what may be an object of a kind; nil if it is none.
+    init?(retaining pointer: UnsafeMutableRawPointer, kind: Int32) {
+        // Held first, so that it cannot go while it is asked what it is.
+        guard let object = sm.retain(pointer) else { return nil }
+        guard sm.kind(object) == kind else {
+            sm.release(object)
+            return nil
+        }
+        self.object = OpaquePointer(object)
+    }
+}
+
+private func copied(_ text: UnsafePointer<CChar>?) -> String? { text.map { String(cString: $0) } }
+
+final class SoftwareDevice: MTLDevice {
+    /// The one that a program gets if it asks for no other.
+    static let shared: SoftwareDevice? = softmetal_is_loaded() ? sm.device_default().map { SoftwareDevice($0) } : nil
+
+    private nonisolated(unsafe) let object: OpaquePointer
+
+    private init(_ object: OpaquePointer) {
+        self.object = object
+    }
+
+    /// The object for one of libsoftmetal's, which somebody holds.
+    static func of(_ object: OpaquePointer) -> SoftwareDevice {
+        if let shared, shared.object == object { return shared }
+        return SoftwareDevice(object)
+    }
+
+    var name: String { copied(sm.device_name(object)) ?? "" }
     var maxThreadgroupMemoryLength: Int { Int(SM_THREADGROUP_MEMORY) }
 
-    func supportsFamily(_ gpuFamily: MTLGPUFamily) -> Bool { true }
+    func supportsFamily(_ gpuFamily: MTLGPUFamily) -> Bool { sm.device_supports_family(object, Int32(gpuFamily.rawValue)) != 0 }
 
-    func makeCommandQueue() -> (any MTLCommandQueue)? { SoftwareQueue(self) }
+    func makeCommandQueue() -> (any MTLCommandQueue)? {
+        sm.device_new_command_queue(object).map { SoftwareQueue(Reference(owning: $0)) }
+    }
 
     func makeBuffer(length: Int, options: MTLResourceOptions) -> (any MTLBuffer)? {
-        // On a page and zeroed, as on a Mac; exactly as long as asked, so that AddressSanitizer sees an access beyond it.
-        var memory: UnsafeMutableRawPointer?
-        guard length > 0, posix_memalign(&memory, Int(sysconf(Int32(_SC_PAGESIZE))), length) == 0, let memory else { return nil }
-        memset(memory, 0, length)
-        return SoftwareBuffer(memory, length: length, release: { memory, _ in free(memory) })
+        sm.device_new_buffer(object, UInt64(length)).map { SoftwareBuffer(Reference(owning: $0)) }
     }
 
     func makeBuffer(
         bytesNoCopy pointer: UnsafeMutableRawPointer, length: Int, options: MTLResourceOptions,
         deallocator: ((UnsafeMutableRawPointer, Int) -> Void)?
     ) -> (any MTLBuffer)? {
-        let page = Int(sysconf(Int32(_SC_PAGESIZE)))
-        guard length > 0, Int(bitPattern: pointer) % page == 0, length % page == 0 else { return nil }
-        return SoftwareBuffer(pointer, length: length, release: deallocator)
+        precondition(deallocator == nil, "a deallocator is not served here")
+        return sm.device_new_buffer_no_copy(object, pointer, UInt64(length), nil, nil).map { SoftwareBuffer(Reference(owning: $0)) }
     }
 
     func makeLibrary(source: String, options: MTLCompileOptions?) throws -> any MTLLibrary {
         var hash: UInt64 = 0xcbf2_9ce4_8422_2325
         for byte in source.utf8 { hash = (hash ^ UInt64(byte)) &* 0x100_0000_01b3 }
-        guard let library = functions.pointee.library_find(hash) else {
+        guard let library = sm.library_find(hash) else {
             throw SoftwareError(description: "libsoftmetal was built from other kernels than this library: build both anew")
         }
-        return SoftwareLibrary(self, library)
+        return SoftwareLibrary(library)
     }
 
     func makeComputePipelineState(function: any MTLFunction) throws -> any MTLComputePipelineState {
         guard let function = function as? SoftwareFunction else { throw SoftwareError(description: "a function of another device") }
+        var message = [CChar](repeating: 0, count: 4096)
+        let failed = function.constants.withDescriptions { constants, count in
+            sm.kernel_specialize(function.kernel, constants, count, &message, message.count)
+        }
+        if failed != 0 { throw SoftwareError(description: String(decoding: message.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)) }
         return SoftwarePipeline(function)
     }
 }
 
-final class SoftwareBuffer: MTLBuffer, @unchecked Sendable {
+final class SoftwareBuffer: MTLBuffer {
+    private let reference: Reference
     let length: Int
-    private let memory: UnsafeMutableRawPointer
-    private let release: ((UnsafeMutableRawPointer, Int) -> Void)?
 
-    init(_ memory: UnsafeMutableRawPointer, length: Int, release: ((UnsafeMutableRawPointer, Int) -> Void)?) {
-        self.memory = memory
-        self.length = length
-        self.release = release
+    fileprivate init(_ reference: Reference) {
+        self.reference = reference
+        length = Int(sm.buffer_length(reference.object))
     }
 
-    deinit {
-        release?(memory, length)
+    fileprivate var object: OpaquePointer { reference.object }
+    var device: any MTLDevice { SoftwareDevice.of(sm.buffer_device(object)) }
+    var storageMode: MTLStorageMode { .shared }
+    var label: String? {
+        get { copied(sm.label(UnsafeRawPointer(object))) }
+        set { sm.set_label(UnsafeMutableRawPointer(object), newValue) }
     }
 
-    func contents() -> UnsafeMutableRawPointer { memory }
+    func contents() -> UnsafeMutableRawPointer { sm.buffer_contents(object) }
 }
 
 final class SoftwareLibrary: MTLLibrary, @unchecked Sendable {
-    private let device: SoftwareDevice
     private let kernels: [OpaquePointer]
 
-    init(_ device: SoftwareDevice, _ library: OpaquePointer) {
-        self.device = device
-        kernels = (0..<device.functions.pointee.library_kernel_count(library)).compactMap {
-            device.functions.pointee.library_kernel(library, $0)
-        }
+    init(_ library: OpaquePointer) {
+        kernels = (0..<sm.library_kernel_count(library)).compactMap { sm.library_kernel(library, $0) }
     }
 
-    var functionNames: [String] { kernels.map { device.functions.pointee.kernel_name($0).map { String(cString: $0) } ?? "" } }
+    var functionNames: [String] { kernels.map { copied(sm.kernel_name($0)) ?? "" } }
 
     func makeFunction(name: String, constantValues: MTLFunctionConstantValues) throws -> any MTLFunction {
         guard let index = functionNames.firstIndex(of: name) else {
             throw SoftwareError(description: "the library has no function \(name)")
         }
-        return SoftwareFunction(device, kernels[index], name, constantValues.values)
+        return SoftwareFunction(kernels[index], name, SoftwareConstants(constantValues.values))
     }
 }
 
 final class SoftwareFunction: MTLFunction, @unchecked Sendable {
-    let device: SoftwareDevice
     let kernel: OpaquePointer
     let name: String
-    let constants: [Int: [UInt8]]
+    let constants: SoftwareConstants
 
-    init(_ device: SoftwareDevice, _ kernel: OpaquePointer, _ name: String, _ constants: [Int: [UInt8]]) {
-        self.device = device
+    init(_ kernel: OpaquePointer, _ name: String, _ constants: SoftwareConstants) {
         self.kernel = kernel
         self.name = name
         self.constants = constants
+    }
+}
+
+/// The values of function constants, one after the other.
+struct SoftwareConstants: Sendable {
+    private let values: [(index: Int, bytes: [UInt8])]
+
+    init(_ values: [Int: [UInt8]]) {
+        self.values = values.sorted { $0.key < $1.key }.map { ($0.key, $0.value) }
+    }
+
+    /// Calls `body` with the values as C takes them.
+    func withDescriptions<Result>(_ body: (UnsafePointer<sm_constant>?, UInt32) -> Result) -> Result {
+        let bytes = values.flatMap { $0.bytes }
+        return bytes.withUnsafeBytes { memory in
+            var offset = 0
+            let descriptions = values.map { value in
+                defer { offset += value.bytes.count }
+                return sm_constant(
+                    index: UInt32(value.index), size: UInt32(value.bytes.count), value: memory.baseAddress.map { $0 + offset })
+            }
+            return descriptions.withUnsafeBufferPointer { body($0.baseAddress, UInt32($0.count)) }
+        }
     }
 }
 
@@ -117,102 +173,75 @@ final class SoftwarePipeline: MTLComputePipelineState {
         self.function = function
     }
 
-    var maxTotalThreadsPerThreadgroup: Int { Int(function.device.functions.pointee.kernel_most_threads(function.kernel)) }
+    var maxTotalThreadsPerThreadgroup: Int { Int(sm.kernel_most_threads(function.kernel)) }
     var threadExecutionWidth: Int { Int(SM_SIMDGROUP_SIZE) }
 }
 
 final class SoftwareQueue: MTLCommandQueue {
-    private let device: SoftwareDevice
+    private let reference: Reference
 
-    init(_ device: SoftwareDevice) {
-        self.device = device
+    fileprivate init(_ reference: Reference) {
+        self.reference = reference
     }
 
-    func makeCommandBuffer() -> (any MTLCommandBuffer)? { SoftwareCommandBuffer(device) }
+    var device: any MTLDevice { SoftwareDevice.of(sm.command_queue_device(reference.object)) }
+
+    func makeCommandBuffer() -> (any MTLCommandBuffer)? {
+        sm.command_queue_new_command_buffer(reference.object, 1).map { SoftwareCommandBuffer(Reference(owning: $0)) }
+    }
+
+    func makeCommandBufferWithUnretainedReferences() -> (any MTLCommandBuffer)? {
+        sm.command_queue_new_command_buffer(reference.object, 0).map { SoftwareCommandBuffer(Reference(owning: $0)) }
+    }
 }
 
-/// Runs its dispatches when it is committed.
 final class SoftwareCommandBuffer: MTLCommandBuffer {
-    private let device: SoftwareDevice
-    private(set) var status = MTLCommandBufferStatus.notEnqueued
-    private(set) var error: (any Error)?
-    private(set) var gpuStartTime = 0.0
-    private(set) var gpuEndTime = 0.0
-    fileprivate var dispatches: [Dispatch] = []
+    private let reference: Reference
 
-    init(_ device: SoftwareDevice) {
-        self.device = device
+    fileprivate init(_ reference: Reference) {
+        self.reference = reference
     }
+
+    fileprivate var object: OpaquePointer { reference.object }
+    var device: any MTLDevice { SoftwareDevice.of(sm.command_buffer_device(object)) }
+    var status: MTLCommandBufferStatus { MTLCommandBufferStatus(rawValue: UInt(sm.command_buffer_status(object))) ?? .error }
+    var error: (any Error)? { copied(sm.command_buffer_error(object)).map { SoftwareError(description: $0) } }
+    var gpuStartTime: CFTimeInterval { sm.command_buffer_gpu_start_time(object) }
+    var gpuEndTime: CFTimeInterval { sm.command_buffer_gpu_end_time(object) }
 
     func makeComputeCommandEncoder() -> (any MTLComputeCommandEncoder)? { SoftwareEncoder(self) }
 
-    func commit() {
-        gpuStartTime = monotonicTime()
-        for dispatch in dispatches where error == nil { error = dispatch.run(device).map { SoftwareError(description: $0) } }
-        gpuEndTime = monotonicTime()
-        dispatches = []
-        status = error == nil ? .completed : .error
+    func addCompletedHandler(_ block: @escaping @Sendable (any MTLCommandBuffer) -> Void) {
+        let state = Unmanaged.passRetained(CompletedHandler(block)).toOpaque()
+        let failed = sm.command_buffer_add_completed_handler(
+            object,
+            { state, object in
+                guard let state, let object, let held = Reference(retaining: UnsafeMutableRawPointer(object), kind: SM_KIND_COMMAND_BUFFER)
+                else { return }
+                Unmanaged<CompletedHandler>.fromOpaque(state).takeRetainedValue().block(SoftwareCommandBuffer(held))
+            }, state)
+        precondition(failed == 0, "a handler is added before the command buffer is committed")
     }
 
-    func waitUntilCompleted() {}
+    func commit() {
+        precondition(sm.command_buffer_commit(object) == 0, "a command buffer is committed once")
+    }
+
+    func waitUntilCompleted() { sm.command_buffer_wait_until_completed(object) }
 }
 
-/// Seconds since some moment.
-private func monotonicTime() -> Double {
-    var time = timespec()
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return Double(time.tv_sec) + Double(time.tv_nsec) * 1e-9
+private final class CompletedHandler: Sendable {
+    let block: @Sendable (any MTLCommandBuffer) -> Void
+
+    init(_ block: @escaping @Sendable (any MTLCommandBuffer) -> Void) {
+        self.block = block
+    }
 }
 
 /// What a binding of an encoder is.
 private enum Binding {
     case buffer(SoftwareBuffer, offset: Int)
     case bytes([UInt8])
-}
-
-/// A dispatch as it was encoded.
-private struct Dispatch {
-    let pipeline: SoftwarePipeline
-    let bindings: [Int: Binding]
-    let threadgroupLengths: [UInt32]
-    let grid: (UInt32, UInt32, UInt32)
-    let threadgroup: (UInt32, UInt32, UInt32)
-
-    /// Why it failed, nil if it did not.
-    func run(_ device: SoftwareDevice) -> String? {
-        var owned: [UnsafeMutableRawPointer] = []
-        defer { owned.forEach { $0.deallocate() } }
-        func copy(_ bytes: [UInt8]) -> UnsafeMutableRawPointer {
-            let memory = UnsafeMutableRawPointer.allocate(byteCount: max(bytes.count, 1), alignment: 16)
-            owned.append(memory)
-            bytes.withUnsafeBytes { if let start = $0.baseAddress { memory.copyMemory(from: start, byteCount: $0.count) } }
-            return memory
-        }
-        var buffers = [sm_buffer](repeating: sm_buffer(), count: Int(SM_BUFFER_SLOTS))
-        for (index, binding) in bindings {
-            switch binding {
-            case .buffer(let buffer, let offset):
-                buffers[index] = sm_buffer(address: buffer.contents() + offset, length: UInt64(buffer.length - offset))
-            case .bytes(let bytes):
-                buffers[index] = sm_buffer(address: copy(bytes), length: UInt64(bytes.count))
-            }
-        }
-        let constants = pipeline.function.constants.sorted { $0.key < $1.key }.map {
-            sm_constant(index: UInt32($0.key), size: UInt32($0.value.count), value: UnsafeRawPointer(copy($0.value)))
-        }
-        var message = [CChar](repeating: 0, count: 4096)
-        let failed = buffers.withUnsafeBufferPointer { buffers in
-            threadgroupLengths.withUnsafeBufferPointer { lengths in
-                constants.withUnsafeBufferPointer { constants in
-                    var job = sm_job(
-                        kernel: pipeline.function.kernel, buffers: buffers.baseAddress, threadgroup_lengths: lengths.baseAddress,
-                        constants: constants.baseAddress, constant_count: UInt32(constants.count), grid: grid, threadgroup: threadgroup)
-                    return device.functions.pointee.run(&job, &message, message.count) != 0
-                }
-            }
-        }
-        return failed ? String(decoding: message.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self) : nil
-    }
 }
 
 /// Collects bindings and dispatches. What Metal's validation layer would refuse stops the program here as there.
@@ -260,12 +289,47 @@ final class SoftwareEncoder: MTLComputeCommandEncoder {
 
     func dispatchThreads(_ threadsPerGrid: MTLSize, threadsPerThreadgroup: MTLSize) {
         guard let pipeline else { preconditionFailure("a dispatch needs a pipeline") }
-        commandBuffer.dispatches.append(
-            Dispatch(
-                pipeline: pipeline, bindings: bindings, threadgroupLengths: threadgroupLengths,
-                grid: (UInt32(threadsPerGrid.width), UInt32(threadsPerGrid.height), UInt32(threadsPerGrid.depth)),
-                threadgroup: (
-                    UInt32(threadsPerThreadgroup.width), UInt32(threadsPerThreadgroup.height), UInt32(threadsPerThreadgroup.depth)
-                )))
+        var arguments = [sm_argument](repeating: sm_argument(), count: Int(SM_BUFFER_SLOTS))
+        var copies: [UnsafeMutableRawBufferPointer] = []
+        defer { copies.forEach { $0.deallocate() } }
+        for (index, binding) in bindings {
+            switch binding {
+            case .buffer(let buffer, let offset):
+                arguments[index].buffer = buffer.object
+                arguments[index].offset = UInt64(offset)
+            case .bytes(let bytes):
+                let copy = UnsafeMutableRawBufferPointer.allocate(byteCount: bytes.count, alignment: 16)
+                copy.copyBytes(from: bytes)
+                copies.append(copy)
+                arguments[index].bytes = UnsafeRawPointer(copy.baseAddress)
+                arguments[index].length = UInt64(bytes.count)
+            }
+        }
+        let failed = pipeline.function.constants.withDescriptions { constants, count in
+            arguments.withUnsafeBufferPointer { arguments in
+                threadgroupLengths.withUnsafeBufferPointer { lengths in
+                    var dispatch = sm_dispatch(
+                        kernel: pipeline.function.kernel, arguments: arguments.baseAddress, threadgroup_lengths: lengths.baseAddress,
+                        constants: constants, constant_count: count, grid: threadsPerGrid.triple,
+                        threadgroup: threadsPerThreadgroup.triple)
+                    return sm.command_buffer_dispatch(commandBuffer.object, &dispatch)
+                }
+            }
+        }
+        precondition(failed == 0, "nothing is encoded into a command buffer that was committed")
     }
+}
+
+extension MTLSize {
+    fileprivate var triple: (UInt32, UInt32, UInt32) { (UInt32(width), UInt32(height), UInt32(depth)) }
+}
+
+/// Our own: the buffer that a pointer of C stands for, an object of libsoftmetal's; nil if it is none or was released.
+public func softMetalBuffer(at pointer: UnsafeMutableRawPointer) -> (any MTLBuffer)? {
+    softmetal_is_loaded() ? Reference(retaining: pointer, kind: SM_KIND_BUFFER).map { SoftwareBuffer($0) } : nil
+}
+
+/// Our own: the command buffer that a pointer of C stands for, an object of libsoftmetal's; nil if it is none or was released.
+public func softMetalCommandBuffer(at pointer: UnsafeMutableRawPointer) -> (any MTLCommandBuffer)? {
+    softmetal_is_loaded() ? Reference(retaining: pointer, kind: SM_KIND_COMMAND_BUFFER).map { SoftwareCommandBuffer($0) } : nil
 }
