@@ -46,43 +46,28 @@ struct AttentionKernelOptions: Hashable {
         hasDropout = options.dropoutP > 0
     }
 
-    /// As the compiler takes them.
-    var constantValues: MTLFunctionConstantValues {
-        let values = MTLFunctionConstantValues()
-        func set(_ value: Int32, _ index: Int) {
-            withUnsafePointer(to: value) { values.setConstantValue($0, type: .int, index: index) }
-        }
-        func set(_ value: Bool, _ index: Int) {
-            withUnsafePointer(to: value) { values.setConstantValue($0, type: .bool, index: index) }
-        }
-        set(queryType, 0)
-        set(keyType, 1)
-        set(valueType, 2)
-        set(outputType, 3)
-        set(hasLogsumexp, 4)
-        set(isCausal, 5)
-        set(hasLeftWindow, 6)
-        set(hasRightWindow, 7)
-        set(maskType, 8)
-        set(hasSoftcap, 9)
-        set(hasSlopes, 10)
-        set(hasSinks, 11)
-        set(hasDropout, 12)
-        return values
+    /// For the compiler.
+    var constants: KernelConstants {
+        var constants = KernelConstants()
+        constants.set(queryType, 0)
+        constants.set(keyType, 1)
+        constants.set(valueType, 2)
+        constants.set(outputType, 3)
+        constants.set(hasLogsumexp, 4)
+        constants.set(isCausal, 5)
+        constants.set(hasLeftWindow, 6)
+        constants.set(hasRightWindow, 7)
+        constants.set(maskType, 8)
+        constants.set(hasSoftcap, 9)
+        constants.set(hasSlopes, 10)
+        constants.set(hasSinks, 11)
+        constants.set(hasDropout, 12)
+        return constants
     }
 }
 
-/// The kernels of one device, compiled when they are first used.
-struct AttentionKernels {
-    private let device: any MTLDevice
-    private var library: (any MTLLibrary)?
-    private var pipelines: [Key: any MTLComputePipelineState] = [:]
-
-    private struct Key: Hashable {
-        let kernel: AttentionKernel
-        let options: AttentionKernelOptions
-    }
-
+/// Which kernels serve what.
+enum AttentionKernels {
     /// By head size: the first that is wide enough, else the last. All compute 32 rows by tiles of 32 columns in 4 simdgroups, whatever the
     /// GPU: nothing has been measured that would tell GPUs apart.
     static let table: [AttentionKernel] = [
@@ -93,55 +78,26 @@ struct AttentionKernels {
     /// Sizes from here on are left to the CPU: positions in a sequence have 32 bits in kernels.
     private static let longest = 1 << 30
 
-    init(_ device: any MTLDevice) {
-        self.device = device
-    }
-
     /// Whether a number keeps its precision as a float.
     private static func isFloat(_ number: Double) -> Bool {
         number == 0 || (Double(Float.leastNormalMagnitude)...Double(Float.greatestFiniteMagnitude)).contains(abs(number))
     }
 
-    /// The kernel that computes a problem's output, nil if there is none: for FP64, for operands that are quantised on the way in, and for
-    /// scales beyond the range of float.
-    static func choose(_ problem: AttentionProblem) -> AttentionKernel? {
+    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels: for FP64, for operands that are quantised on the
+    /// way in, and for scales beyond the range of float.
+    static func channels(_ problem: AttentionProblem) -> Int? {
         let options = problem.options
         let isFused = options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil
         let hasDouble = problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64
         if isFused || hasDouble || !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return nil }
+        if max(problem.batchSize, problem.seqLenQ, problem.seqLenKV) >= longest || problem.numHeads >= 1 << 20 { return nil }
         let widest = max(problem.headDim, problem.headDimV)
-        guard let last = table.last, max(problem.batchSize, problem.seqLenQ, problem.seqLenKV) < longest, problem.numHeads < 1 << 20 else {
-            return nil
-        }
-        return table.first { widest <= $0.channels } ?? last
+        return table.first { widest <= $0.channels }?.channels ?? table.last?.channels
     }
 
-    /// The pipeline of a kernel for a problem's types and options.
-    mutating func pipeline(
-        _ kernel: AttentionKernel, _ options: AttentionKernelOptions
-    ) throws(MFAError) -> any MTLComputePipelineState {
-        let key = Key(kernel: kernel, options: options)
-        if let pipeline = pipelines[key] { return pipeline }
-        do {
-            let library = try self.library ?? makeLibrary()
-            self.library = library
-            let function = try library.makeFunction(name: "\(kernel.name)", constantValues: options.constantValues)
-            let pipeline = try device.makeComputePipelineState(function: function)
-            pipelines[key] = pipeline
-            return pipeline
-        } catch {
-            throw MFAError(.executionFailed, "the kernel \(kernel.name) could not be compiled: \(error)")
-        }
-    }
-
-    /// Masks, empty rows and NaN need comparisons as IEEE 754 has them; where a fast function is good enough, the kernels name it.
-    private func makeLibrary() throws -> any MTLLibrary {
-        let options = MTLCompileOptions()
-        if #available(macOS 15, iOS 18, *) {
-            options.mathMode = .safe
-        } else {
-            options.fastMathEnabled = false
-        }
-        return try device.makeLibrary(source: KernelSources.attentionForward, options: options)
+    /// The kernel that computes a problem's output, nil if there is none.
+    static func choose(_ problem: AttentionProblem) -> AttentionKernel? {
+        guard let channels = channels(problem) else { return nil }
+        return table.first { $0.channels == channels }
     }
 }

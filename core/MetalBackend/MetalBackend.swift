@@ -16,7 +16,7 @@ public final class MetalBackend: Backend {
     private let gpu: any MTLDevice
     private let queue: any MTLCommandQueue
     private let generation = support_generation()
-    private var kernels: AttentionKernels
+    private var kernels: KernelLibrary
     private var memory: DeviceMemory
     private var pending: PendingCall?
 
@@ -35,7 +35,7 @@ public final class MetalBackend: Backend {
         self.device = device
         self.gpu = gpu
         self.queue = queue
-        kernels = AttentionKernels(gpu)
+        kernels = KernelLibrary(gpu)
         memory = DeviceMemory(gpu)
         info = BackendInfo(
             name: name, instructionSet: cpu.info.instructionSet, numThreads: cpu.info.numThreads,
@@ -107,7 +107,8 @@ public final class MetalBackend: Backend {
 
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
         try checkProcess()
-        try cpu.backward(problem)
+        guard BackwardCall.serves(problem), !problem.attention.isEmpty else { return try cpu.backward(problem) }
+        try run(try BackwardCall(problem, memory, &kernels))
     }
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
@@ -115,14 +116,13 @@ public final class MetalBackend: Backend {
     }
 
     public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {
-        try cpu.workspaceSize(backward: problem)
+        BackwardCall.serves(problem) ? 0 : try cpu.workspaceSize(backward: problem)
     }
 
     public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
-        guard operation == .forward, let kernel = AttentionKernels.choose(problem) else {
-            return try cpu.kernelName(problem, operation)
-        }
-        return UnsafeRawPointer(kernel.name.utf8Start).assumingMemoryBound(to: CChar.self)
+        let name = operation == .forward ? AttentionKernels.choose(problem)?.name : BackwardCall.kernelName(problem, operation)
+        guard let name else { return try cpu.kernelName(problem, operation) }
+        return UnsafeRawPointer(name.utf8Start).assumingMemoryBound(to: CChar.self)
     }
 
     // MARK: What the CPU computes
