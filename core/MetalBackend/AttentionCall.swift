@@ -49,6 +49,12 @@ struct AttentionCall: DeviceCall {
 
     /// Gives the caller the results, or has the CPU compute them.
     func finish(_ cpu: CPUBackend) throws(MFAError) {
-        if needsCare { try cpu.forward(problem) } else { results.copy() }
+        guard needsCare else { return results.copy() }
+        do throws(MFAError) {
+            try cpu.forward(problem)
+        } catch {
+            // Too late for another status: where results are not copied, the device has written them.
+            throw MFAError(.executionFailed, error.message)
+        }
     }
 }

@@ -83,6 +83,9 @@ enum AttentionKernels {
         number == 0 || (Double(Float.leastNormalMagnitude)...Double(Float.greatestFiniteMagnitude)).contains(abs(number))
     }
 
+    /// Whether kernels can count a tensor's sequences, heads and tokens.
+    static func fits(_ shape: Shape) -> Bool { max(shape[0], shape[2]) < longest && shape[1] < 1 << 20 }
+
     /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels: for FP64, for operands that are quantised on the
     /// way in, and for scales beyond the range of float.
     static func channels(_ problem: AttentionProblem) -> Int? {
@@ -90,7 +93,7 @@ enum AttentionKernels {
         let isFused = options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil
         let hasDouble = problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64
         if isFused || hasDouble || !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return nil }
-        if max(problem.batchSize, problem.seqLenQ, problem.seqLenKV) >= longest || problem.numHeads >= 1 << 20 { return nil }
+        if !fits(problem.query.shape) || !fits(problem.key.shape) { return nil }
         let widest = max(problem.headDim, problem.headDimV)
         return table.first { widest <= $0.channels }?.channels ?? table.last?.channels
     }

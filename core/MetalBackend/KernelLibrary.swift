@@ -5,11 +5,13 @@ import Metal
 enum KernelSource {
     case attentionForward
     case attentionBackward
+    case quantize
 
     var text: String {
         switch self {
         case .attentionForward: KernelSources.attentionForward
         case .attentionBackward: KernelSources.attentionBackward
+        case .quantize: KernelSources.quantize
         }
     }
 }

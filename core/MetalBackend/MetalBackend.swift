@@ -97,12 +97,7 @@ public final class MetalBackend: Backend {
         if let error = pending.commandBuffer.error {
             throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
         }
-        do throws(MFAError) {
-            try pending.call.finish(cpu)
-        } catch {
-            // Too late for another status: where results are not copied, the device has written them.
-            throw MFAError(.executionFailed, error.message)
-        }
+        try pending.call.finish(cpu)
     }
 
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
@@ -129,12 +124,14 @@ public final class MetalBackend: Backend {
 
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
         try checkProcess()
-        try cpu.quantize(problem)
+        guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.quantize(problem) }
+        try run(try QuantizeCall(quantizing: problem, memory, &kernels))
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
         try checkProcess()
-        try cpu.dequantize(problem)
+        guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.dequantize(problem) }
+        try run(try QuantizeCall(dequantizing: problem, memory, &kernels))
     }
 
     public func merge(_ problem: MergeProblem) throws(MFAError) {
