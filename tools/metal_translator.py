@@ -234,6 +234,7 @@ class Translator:
         body = "".join(token.text for token in self.tokens)
         body = re.sub(r'^# (\d+) "([^"<]*)".*$', r'#line \1 "\2"', body, flags=re.MULTILINE)
         body = re.sub(r"^# .*$", "", body, flags=re.MULTILINE)
+        body = re.sub(r"^#pragma METAL fp contract", "#pragma clang fp contract", body, flags=re.MULTILINE)
         includes = "#include <metal_stdlib>\n#include <metal_simdgroup_matrix>\n"
         if self.is_check:
             return includes + body

@@ -2,14 +2,18 @@ import MFACore
 import Metal
 
 /// A kernel of attention_forward.metal.
-struct AttentionKernel {
+struct AttentionKernel: Hashable {
     let name: StaticString
     /// The channels of a block of the output, and of a tile of keys or values.
     let channels: Int
+
+    static func == (left: AttentionKernel, right: AttentionKernel) -> Bool { left.channels == right.channels }
+
+    func hash(into hasher: inout Hasher) { hasher.combine(channels) }
 }
 
 /// What a pipeline is specialised to: the function constants, in the order of their indices in attention_forward.metal.
-struct AttentionKernelOptions {
+struct AttentionKernelOptions: Hashable {
     var queryType: Int32
     var keyType: Int32
     var valueType: Int32
@@ -27,7 +31,7 @@ struct AttentionKernelOptions {
     /// Whether it runs when the call is long over: nobody has looked at the operands.
     var isDeferred: Bool
 
-    init(_ problem: AttentionProblem, isDeferred: Bool) {
+    init(_ problem: AttentionProblem, isDeferred: Bool = false) {
         let options = problem.options
         queryType = problem.query.precision.rawValue
         keyType = problem.key.precision.rawValue
@@ -45,9 +49,9 @@ struct AttentionKernelOptions {
         self.isDeferred = isDeferred
     }
 
-    /// As the compiler takes them.
-    var constants: FunctionConstants {
-        var constants = FunctionConstants()
+    /// For the compiler.
+    var constants: KernelConstants {
+        var constants = KernelConstants()
         constants.set(queryType, 0)
         constants.set(keyType, 1)
         constants.set(valueType, 2)
@@ -61,12 +65,12 @@ struct AttentionKernelOptions {
         constants.set(hasSlopes, 10)
         constants.set(hasSinks, 11)
         constants.set(hasDropout, 12)
-        constants.set(isDeferred, 13)
+        constants.set(isDeferred, 30)
         return constants
     }
 }
 
-/// Which kernel computes what.
+/// Which kernels serve what.
 enum AttentionKernels {
     /// By head size: the first that is wide enough, else the last. All compute 32 rows by tiles of 32 columns in 4 simdgroups, whatever the
     /// GPU: nothing has been measured that would tell GPUs apart.
@@ -83,7 +87,10 @@ enum AttentionKernels {
         number == 0 || (Double(Float.leastNormalMagnitude)...Double(Float.greatestFiniteMagnitude)).contains(abs(number))
     }
 
-    /// The feature for which a problem's output is left to the CPU; nil if it is not.
+    /// Whether kernels can count a tensor's sequences, heads and tokens.
+    static func fits(_ shape: Shape) -> Bool { max(shape[0], shape[2]) < longest && shape[1] < 1 << 20 }
+
+    /// The feature for which there are no kernels for a problem; nil if there are.
     static func obstacle(_ problem: AttentionProblem) -> String? {
         let options = problem.options
         if options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil {
@@ -91,16 +98,20 @@ enum AttentionKernels {
         }
         if problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64 { return "FP64" }
         if !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return "a softmax_scale or softcap beyond the range of float" }
-        if max(problem.batchSize, problem.seqLenQ, problem.seqLenKV) >= longest || problem.numHeads >= 1 << 20 {
-            return "sizes of 2^30 and more"
-        }
+        if !fits(problem.query.shape) || !fits(problem.key.shape) { return "sizes of 2^30 and more" }
         return nil
     }
 
-    /// The kernel that computes a problem's output; nil if it is left to the CPU.
-    static func choose(_ problem: AttentionProblem) -> AttentionKernel? {
-        guard obstacle(problem) == nil, let last = table.last else { return nil }
+    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels.
+    static func channels(_ problem: AttentionProblem) -> Int? {
+        if obstacle(problem) != nil { return nil }
         let widest = max(problem.headDim, problem.headDimV)
-        return table.first { widest <= $0.channels } ?? last
+        return table.first { widest <= $0.channels }?.channels ?? table.last?.channels
+    }
+
+    /// The kernel that computes a problem's output, nil if there is none.
+    static func choose(_ problem: AttentionProblem) -> AttentionKernel? {
+        guard let channels = channels(problem) else { return nil }
+        return table.first { $0.channels == channels }
     }
 }

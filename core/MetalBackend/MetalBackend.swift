@@ -17,7 +17,7 @@ public final class MetalBackend: Backend {
     private let queue: any MTLCommandQueue
     private let generation = support_generation()
     private let objects: MetalObjects
-    private var pipelines: Pipelines
+    private var kernels: KernelLibrary
     private let memory: DeviceMemory
     private var pending: PendingCall?
     public private(set) var deviceSeconds = 0.0
@@ -40,7 +40,7 @@ public final class MetalBackend: Backend {
         self.gpu = gpu
         self.queue = queue
         self.objects = objects
-        pipelines = Pipelines(gpu)
+        kernels = KernelLibrary(gpu)
         memory = DeviceMemory(gpu)
         info = BackendInfo(
             name: name, instructionSet: cpu.info.instructionSet, numThreads: cpu.info.numThreads,
@@ -92,7 +92,7 @@ public final class MetalBackend: Backend {
         try begin()
         guard let kernel = AttentionKernels.choose(problem) else { return try cpu.forward(problem) }
         if problem.isEmpty { return }
-        try run(try AttentionCall(problem, kernel, memory, &pipelines))
+        try run(try AttentionCall(problem, kernel, memory, &kernels))
     }
 
     /// A call that computes begins.
@@ -120,17 +120,13 @@ public final class MetalBackend: Backend {
         if let error = pending.commandBuffer.error {
             throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
         }
-        do throws(MFAError) {
-            try pending.call.finish(cpu)
-        } catch {
-            // Too late for another status: where results are not copied, the device has written them.
-            throw MFAError(.executionFailed, error.message)
-        }
+        try pending.call.finish(cpu)
     }
 
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
         try begin()
-        try cpu.backward(problem)
+        guard BackwardCall.serves(problem), !problem.attention.isEmpty else { return try cpu.backward(problem) }
+        try run(try BackwardCall(problem, memory, &kernels))
     }
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
@@ -138,14 +134,13 @@ public final class MetalBackend: Backend {
     }
 
     public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {
-        try cpu.workspaceSize(backward: problem)
+        BackwardCall.serves(problem) ? 0 : try cpu.workspaceSize(backward: problem)
     }
 
     public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
-        guard operation == .forward, let kernel = AttentionKernels.choose(problem) else {
-            return try cpu.kernelName(problem, operation)
-        }
-        return UnsafeRawPointer(kernel.name.utf8Start).assumingMemoryBound(to: CChar.self)
+        let name = operation == .forward ? AttentionKernels.choose(problem)?.name : BackwardCall.kernelName(problem, operation)
+        guard let name else { return try cpu.kernelName(problem, operation) }
+        return UnsafeRawPointer(name.utf8Start).assumingMemoryBound(to: CChar.self)
     }
 
     // MARK: Command buffers of the caller's
@@ -168,12 +163,12 @@ public final class MetalBackend: Backend {
             throw .unsupported("\(AttentionKernels.obstacle(problem) ?? "this"): left to the CPU, which cannot be encoded")
         }
         if problem.isEmpty { return }
-        try encode(try AttentionCall(problem, kernel, memory, &pipelines, isDeferred: true), into: pointer)
+        try encode(try AttentionCall(problem, kernel, memory, &kernels, isDeferred: true), into: pointer)
     }
 
     public func encode(backward problem: BackwardProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
         try checkProcess()
-        throw .unsupported("gradients: left to the CPU, which cannot be encoded")
+        throw .unsupported("gradients are not encoded in this version")
     }
 
     /// Records a call, and holds it until it has run.
@@ -191,12 +186,14 @@ public final class MetalBackend: Backend {
 
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
         try begin()
-        try cpu.quantize(problem)
+        guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.quantize(problem) }
+        try run(try QuantizeCall(quantizing: problem, memory, &kernels))
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
         try begin()
-        try cpu.dequantize(problem)
+        guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.dequantize(problem) }
+        try run(try QuantizeCall(dequantizing: problem, memory, &kernels))
     }
 
     public func merge(_ problem: MergeProblem) throws(MFAError) {

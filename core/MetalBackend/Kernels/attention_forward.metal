@@ -9,144 +9,7 @@
 // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
 // attended score, or a sum, is not finite, `needs_care` is set: then results mean nothing, and the caller computes in a wider type.
 
-#include <metal_stdlib>
-#include <metal_simdgroup_matrix>
-using namespace metal;
-
-// How elements lie in memory: the numbers of mfa.h.
-constant constexpr int FP32 = 0;
-constant constexpr int FP16 = 1;
-constant constexpr int BF16 = 2;
-constant constexpr int INT4 = 4;
-constant constexpr int INT8 = 8;
-constant constexpr int BOOL = 16;
-
-constant int query_type [[function_constant(0)]];
-constant int key_type [[function_constant(1)]];
-constant int value_type [[function_constant(2)]];
-constant int output_type [[function_constant(3)]];
-constant bool has_logsumexp [[function_constant(4)]];
-constant bool is_causal [[function_constant(5)]];
-constant bool has_left_window [[function_constant(6)]];
-constant bool has_right_window [[function_constant(7)]];
-constant int mask_type [[function_constant(8)]];  // -1: no mask
-constant bool has_softcap [[function_constant(9)]];
-constant bool has_slopes [[function_constant(10)]];
-constant bool has_sinks [[function_constant(11)]];
-constant bool has_dropout [[function_constant(12)]];
-constant bool is_deferred [[function_constant(13)]];  // nobody has checked the scales, and nobody will look at `needs_care`
-
-constant bool has_mask = mask_type >= 0;
-constant bool has_query_codes = query_type == INT8 || query_type == INT4;
-constant bool has_key_codes = key_type == INT8 || key_type == INT4;
-constant bool has_value_codes = value_type == INT8 || value_type == INT4;
-
-constant constexpr int ROWS = 32;     // of a threadgroup
-constant constexpr int COLUMNS = 32;  // of a tile
-constant constexpr int THREADS = 128;
-constant constexpr int SIMDGROUPS = 4;
-constant constexpr int TOGETHER = 4;  // 8x8 blocks of the output whose products do not wait for each other
-
-// A tensor [batch, head, token, channel]; strides in elements (codes of INT4).
-struct TensorView {
-    long strides[4];
-    long scale_strides[4];
-    long mean_strides[2];
-    int scale_tokens;    // that share a scale
-    int scale_channels;
-    int has_zero_points;
-    int has_means;
-};
-
-struct Parameters {
-    TensorView query;
-    TensorView key;
-    TensorView value;
-    TensorView output;
-    long mask_strides[4];
-    long window_left;
-    long window_right;
-    int batch_size;
-    int num_heads;
-    int num_kv_heads;
-    int seq_len_q;
-    int seq_len_kv;
-    int head_dim;
-    int head_dim_v;
-    float softmax_scale;
-    float softcap;
-    float kept_scale;      // 1 / (1 - dropout_p), 0 if everything is dropped
-    uint drop_threshold;   // a word below it drops its weight
-    uint drops_all;
-    uint seed_low;
-    uint seed_high;
-    uint dropout_offset;
-    uint reserved;
-};
-
-// Where the rows of a sequence stand among its keys, and how many of these there are.
-struct Sequence {
-    long offset;
-    long length;
-};
-
-// An element as it lies in memory: a float, or a code.
-METAL_FUNC float load_plain(const device uchar* data, long index, int type)
-{
-    if (type == FP16) { return float(((const device half*)data)[index]); }
-    if (type == BF16) { return float(((const device bfloat*)data)[index]); }
-    return ((const device float*)data)[index];
-}
-
-METAL_FUNC int load_code(const device uchar* data, long row, long stride, int channel, int type)
-{
-    if (type == INT8) { return ((const device char*)data)[row + channel * stride]; }
-    const uchar pair = data[(row + (channel - (channel & 1)) * stride) / 2];
-    const int nibble = (channel & 1) ? pair >> 4 : pair & 15;
-    return nibble >= 8 ? nibble - 16 : nibble;
-}
-
-// An element of a query, key or value as the real number that it stands for.
-METAL_FUNC float load_real(
-    const device uchar* data, const device float* scales, const device int* zero_points, const device float* means,
-    constant TensorView& view, int batch, int head, int token, int channel, int type)
-{
-    const long row = batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
-    if (type != INT8 && type != INT4) { return load_plain(data, row + channel * view.strides[3], type); }
-    const long code = load_code(data, row, view.strides[3], channel, type);
-    const long scale = batch * view.scale_strides[0] + head * view.scale_strides[1] + (token / view.scale_tokens) * view.scale_strides[2]
-        + (channel / view.scale_channels) * view.scale_strides[3];
-    const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-    const float unit = scales[scale];
-    if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
-    const float real = unit * float(code - zero_point);
-    return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
-}
-
-METAL_FUNC void store(device uchar* data, long index, float value, int type)
-{
-    if (type == FP32) {
-        ((device float*)data)[index] = value;
-    } else if (type == FP16) {
-        ((device half*)data)[index] = half(value);
-    } else {
-        ((device bfloat*)data)[index] = bfloat(value);
-    }
-}
-
-// Four random words: Philox4x32-10.
-METAL_FUNC uint4 philox(uint4 counter, uint2 key)
-{
-    for (int round = 0; round < 10; round++) {
-        const uint high0 = mulhi(0xD2511F53u, counter.x);
-        const uint low0 = 0xD2511F53u * counter.x;
-        const uint high1 = mulhi(0xCD9E8D57u, counter.z);
-        const uint low1 = 0xCD9E8D57u * counter.z;
-        counter = uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
-        key += uint2(0x9E3779B9u, 0xBB67AE85u);
-    }
-    return counter;
-}
+#include "attention.h"
 
 template <int CHANNELS>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]] void attention_forward(
@@ -191,26 +54,13 @@ template <int CHANNELS>
     const int row = first_row + simdgroup * 8 + matrix_row;
     const bool has_row = row < p.seq_len_q;
 
-    // The columns that this row attends, masks apart: first_column <= j < end_column; and those of the threadgroup.
-    const long length = sequences[batch].length;
-    const long position = row + sequences[batch].offset;
-    const long tile_position = first_row + sequences[batch].offset;
-    long first_column = 0;
-    long end_column = length;
-    long tile_first = 0;
-    long tile_end = length;
-    if (is_causal) {
-        end_column = min(end_column, position + 1);
-        tile_end = min(tile_end, tile_position + ROWS);
-    }
-    if (has_right_window) {
-        end_column = min(end_column, position + p.window_right + 1);
-        tile_end = min(tile_end, tile_position + p.window_right + ROWS);
-    }
-    if (has_left_window) {
-        first_column = max(first_column, position - p.window_left);
-        tile_first = max(tile_first, tile_position - p.window_left);
-    }
+    // The columns that this row attends, masks apart, and those of the threadgroup.
+    const Sequence sequence = sequences[batch];
+    const long length = sequence.length;
+    const long position = row + sequence.offset;
+    const ColumnRange columns = columns_of_rows(p, sequence, row, 1);
+    const ColumnRange tile_columns = columns_of_rows(p, sequence, first_row, ROWS);
+    const long start = tile_columns.first / COLUMNS * COLUMNS;
 
     const int channel_blocks = (p.head_dim + CHANNELS - 1) / CHANNELS;
     const bool holds_query = channel_blocks == 1;
@@ -229,24 +79,16 @@ template <int CHANNELS>
     }
     const float slope = has_slopes ? slopes[head] : 0.0f;
 
-    for (long first = tile_first / COLUMNS * COLUMNS; first < tile_end; first += COLUMNS) {
+    for (long first = start; first < tile_columns.end; first += COLUMNS) {
         // Which of its 8 columns this row attends, and what the mask adds to their scores.
         bool kept[COLUMNS / 8 * 2];
         float bias[COLUMNS / 8 * 2];
         bool any = false;
         for (int element = 0; element < COLUMNS / 8 * 2; element++) {
             const long column = first + element / 2 * 8 + matrix_column + element % 2;
-            bool keep = has_row && column >= first_column && column < end_column;
+            bool keep = has_row && column >= columns.first && column < columns.end;
             bias[element] = 0.0f;
-            if (has_mask && keep) {
-                const long place = batch * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2] + column * p.mask_strides[3];
-                if (mask_type == BOOL) {
-                    keep = mask[place] != 0;
-                } else {
-                    bias[element] = load_plain(mask, place, mask_type);
-                    keep = bias[element] != -INFINITY;
-                }
-            }
+            if (has_mask && keep) { keep = mask_keeps(p, mask, batch, head, row, column, bias[element]); }
             kept[element] = keep;
             any = any || keep;
         }
@@ -263,7 +105,7 @@ template <int CHANNELS>
         for (int block = 0; block < COLUMNS / 8; block++) { scores[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
         for (int channel_block = 0; channel_block < channel_blocks; channel_block++) {
             const int first_channel = channel_block * CHANNELS;
-            if (!holds_query || first == tile_first / COLUMNS * COLUMNS) {
+            if (!holds_query || first == start) {
                 for (int block = 0; block < CHANNELS / 8; block++) {
                     float pair[2];
                     for (int side = 0; side < 2; side++) {
@@ -328,13 +170,9 @@ template <int CHANNELS>
                 tile_total += pair[side];
             }
             if (has_dropout) {
-                const long column = first + block * 8 + matrix_column;
-                const uint stream = uint(batch) * uint(p.num_heads) + uint(head);
-                const uint4 words = philox(uint4(uint(column >> 2), uint(row), stream, p.dropout_offset), uint2(p.seed_low, p.seed_high));
-                for (int side = 0; side < 2; side++) {
-                    const bool drops = p.drops_all || words[(column & 3) + side] < p.drop_threshold;
-                    pair[side] = drops ? 0.0f : pair[side] * p.kept_scale;
-                }
+                const float2 factors = dropout_of(p, batch, head, row, first + block * 8 + matrix_column);
+                pair[0] *= factors.x;
+                pair[1] *= factors.y;
             }
             scores[block].thread_elements() = float2(pair[0], pair[1]);
         }
