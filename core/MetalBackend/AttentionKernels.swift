@@ -31,9 +31,9 @@ struct AttentionKernelOptions: Hashable {
 
     init(_ problem: AttentionProblem) {
         let options = problem.options
-        queryType = problem.query.precision.rawValue
-        keyType = problem.key.precision.rawValue
-        valueType = problem.value.precision.rawValue
+        queryType = (options.quantizeQuery?.precision ?? problem.query.precision).rawValue
+        keyType = (options.quantizeKey?.precision ?? problem.key.precision).rawValue
+        valueType = (options.quantizeValue?.precision ?? problem.value.precision).rawValue
         outputType = problem.output?.precision.rawValue ?? Precision.fp32.rawValue
         hasLogsumexp = problem.logsumexp != nil
         isCausal = options.causal
@@ -45,6 +45,9 @@ struct AttentionKernelOptions: Hashable {
         hasSinks = options.sinks != nil
         hasDropout = options.dropoutP > 0
     }
+
+    /// Whether an operand is quantised.
+    var hasCodes: Bool { [queryType, keyType, valueType].contains { Precision(rawValue: $0)?.isQuantized ?? false } }
 
     /// For the compiler.
     var constants: KernelConstants {
@@ -86,13 +89,13 @@ enum AttentionKernels {
     /// Whether kernels can count a tensor's sequences, heads and tokens.
     static func fits(_ shape: Shape) -> Bool { max(shape[0], shape[2]) < longest && shape[1] < 1 << 20 }
 
-    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels: for FP64, for operands that are quantised on the
-    /// way in, and for scales beyond the range of float.
+    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels: for FP64, and for scales beyond the range of
+    /// float.
     static func channels(_ problem: AttentionProblem) -> Int? {
         let options = problem.options
-        let isFused = options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil
-        let hasDouble = problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64
-        if isFused || hasDouble || !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return nil }
+        let hasDouble =
+            problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64
+        if hasDouble || !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return nil }
         if !fits(problem.query.shape) || !fits(problem.key.shape) { return nil }
         let widest = max(problem.headDim, problem.headDimV)
         return table.first { widest <= $0.channels }?.channels ?? table.last?.channels
