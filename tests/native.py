@@ -28,8 +28,8 @@ def address(array: np.ndarray | None) -> Any:
 class Context:
     """A context made by the C function, destroyed at the end of a with block."""
 
-    def __init__(self, num_threads: int = 0):
-        options = new("mfa_context_options_t", device=1, num_threads=num_threads)
+    def __init__(self, num_threads: int = 0, device: int = lib.MFA_DEVICE_CPU):
+        options = new("mfa_context_options_t", device=device, num_threads=num_threads)
         handle = ffi.new("mfa_context_t **")
         assert lib.mfa_create_context_with_options(options, handle) == SUCCESS
         self.handle = handle[0]

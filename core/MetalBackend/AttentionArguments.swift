@@ -42,7 +42,7 @@ struct AttentionParameters {
     var seedLow: UInt32
     var seedHigh: UInt32
     var dropoutOffset: UInt32
-    var reserved: UInt32 = 0
+    var heedsRefusal: UInt32
 }
 
 struct Sequence {
@@ -73,17 +73,28 @@ extension MTLComputeCommandEncoder {
     }
 }
 
-/// What all kernels of attention get: the operands and options of one problem, in memory that the device sees.
+/// What all kernels of attention get: the operands and options of one problem, in memory that the device sees, and what quantises operands
+/// on the way in.
 struct AttentionArguments {
     var parameters: AttentionParameters
     var bindings = Bindings()
+    private var passes: [QuantizePass] = []
+    private let flags: DeviceFlags
     /// Finds out where the rows of each sequence stand, if the host must not.
     private let sequencesPass: SequencesPass?
+
+    // The words of `flags`: whether float is too narrow, and whether an operand has a value that cannot be quantised.
+    private static let care = 0
+    private static let query = 1
+    private static let key = 2
+    private static let value = 3
 
     /// Takes the memory, and reads the operands that have to be copied; of a deferred call, none.
     init(
         _ problem: AttentionProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary, isDeferred: Bool = false
     ) throws(MFAError) {
+        let options = problem.options
+        flags = try DeviceFlags(4, memory)
         var lengths: [Int]?
         if isDeferred {
             let pass = try SequencesPass(problem, memory, &library)
@@ -95,9 +106,16 @@ struct AttentionArguments {
             bindings[1] = try memory.copy(sequences)
             sequencesPass = nil
         }
-        let query = try memory.bind(problem.query, to: (2, 10, 11, nil), &bindings)
-        let key = try memory.bind(problem.key, lengths: lengths, to: (3, 12, 13, 14), &bindings)
-        let value = try memory.bind(problem.value, lengths: lengths, to: (4, 15, 16, nil), &bindings)
+        bindings[27] = flags.address(AttentionArguments.care)
+        let query = try AttentionArguments.bind(
+            problem.query, options.quantizeQuery, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
+            &bindings, &passes)
+        let key = try AttentionArguments.bind(
+            problem.key, options.quantizeKey, lengths, flags.address(AttentionArguments.key), to: (3, 12, 13, 14), memory, &library,
+            &bindings, &passes)
+        let value = try AttentionArguments.bind(
+            problem.value, options.quantizeValue, lengths, flags.address(AttentionArguments.value), to: (4, 15, 16, nil), memory, &library,
+            &bindings, &passes)
         var maskStrides = Strides(repeating: 0)
         if let mask = problem.options.mask { (bindings[7], maskStrides) = try memory.share(mask) }
         let statistics = problem.numHeads * MemoryLayout<Float>.size
@@ -114,13 +132,47 @@ struct AttentionArguments {
             softmaxScale: Float(problem.softmaxScale), softcap: Float(problem.options.softcap),
             keptScale: dropout < 1 ? Float(1 / (1 - dropout)) : 0, dropThreshold: UInt32(truncatingIfNeeded: threshold),
             dropsAll: threshold >> 32 == 0 ? 0 : 1, seedLow: UInt32(truncatingIfNeeded: problem.options.seed),
-            seedHigh: UInt32(truncatingIfNeeded: problem.options.seed >> 32), dropoutOffset: problem.options.dropoutOffset)
+            seedHigh: UInt32(truncatingIfNeeded: problem.options.seed >> 32), dropoutOffset: problem.options.dropoutOffset,
+            heedsRefusal: passes.isEmpty ? 0 : 1)
+    }
+
+    /// Binds an operand, or the codes that a scheme makes of it.
+    private static func bind(
+        _ operand: Tensor, _ scheme: QuantizationScheme?, _ lengths: [Int]?, _ refused: DeviceAddress,
+        to indices: (data: Int, scales: Int, zeroPoints: Int, means: Int?), _ memory: DeviceMemory, _ library: inout KernelLibrary,
+        _ bindings: inout Bindings, _ passes: inout [QuantizePass]
+    ) throws(MFAError) -> TensorView {
+        guard let scheme else { return try memory.bind(operand, lengths: lengths, to: indices, &bindings) }
+        let codes = try QuantizePass.Codes(of: operand, scheme, memory)
+        bindings[indices.data] = codes.data
+        bindings[indices.scales] = codes.scales
+        bindings[indices.zeroPoints] = codes.zeroPoints ?? codes.scales
+        if let index = indices.means { bindings[index] = codes.means ?? codes.scales }
+        if operand.hasElements {
+            let (source, strides) = try memory.share(operand, lengths: lengths)
+            passes.append(
+                try QuantizePass(
+                    operand, at: source, strides: strides, into: codes, lengths: lengths, refused: refused, checksFirst: false, memory,
+                    &library))
+        }
+        return codes.view
     }
 
     /// Has the device do what comes before attention.
     func encodePasses(_ encoder: any MTLComputeCommandEncoder) {
         sequencesPass?.encode(encoder)
+        for pass in passes { pass.encode(encoder) }
     }
+
+    /// Throws if an operand could not be quantised: then no result was written.
+    func checkPasses() throws(MFAError) {
+        if flags[AttentionArguments.query] { throw .notFinite("query") }
+        if flags[AttentionArguments.key] { throw .notFinite("key") }
+        if flags[AttentionArguments.value] { throw .notFinite("value") }
+    }
+
+    /// Whether the results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
+    var needsCare: Bool { flags[AttentionArguments.care] }
 
     /// Where each sequence's rows stand, and how many keys it has.
     private static func sequences(_ problem: AttentionProblem) -> [Sequence] {

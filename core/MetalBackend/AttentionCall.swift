@@ -9,11 +9,6 @@ struct AttentionCall: DeviceCall {
     private let pipeline: any MTLComputePipelineState
     private let arguments: AttentionArguments
     private let results: DeviceResults
-    /// Where the kernel says that float is too narrow.
-    private let needsCareFlag: any MTLBuffer
-
-    /// Whether the results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
-    private var needsCare: Bool { needsCareFlag.contents().load(as: UInt32.self) != 0 }
 
     /// Takes all memory that the call needs, and reads the operands that have to be copied. If the call is deferred none have, by
     /// `checkLocations`, and nothing is read.
@@ -32,8 +27,6 @@ struct AttentionCall: DeviceCall {
         if let logsumexp = problem.logsumexp {
             arguments.bindings[6] = try results.add(logsumexp, size: problem.rowCount * MemoryLayout<Float>.size, memory)
         }
-        needsCareFlag = try memory.make(MemoryLayout<UInt32>.size)
-        arguments.bindings[17] = DeviceAddress(buffer: needsCareFlag, offset: 0)
         self.arguments = arguments
         self.results = results
     }
@@ -53,7 +46,8 @@ struct AttentionCall: DeviceCall {
 
     /// Gives the caller the results, or has the CPU compute them.
     func finish(_ cpu: CPUBackend) throws(MFAError) {
-        guard needsCare else { return results.copy() }
+        try arguments.checkPasses()
+        guard arguments.needsCare else { return results.copy() }
         do throws(MFAError) {
             try cpu.forward(problem)
         } catch {

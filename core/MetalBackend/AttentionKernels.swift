@@ -53,9 +53,9 @@ struct AttentionKernelOptions: Hashable {
 
     init(_ problem: AttentionProblem, isDeferred: Bool = false) {
         let options = problem.options
-        queryType = problem.query.precision.rawValue
-        keyType = problem.key.precision.rawValue
-        valueType = problem.value.precision.rawValue
+        queryType = (options.quantizeQuery?.precision ?? problem.query.precision).rawValue
+        keyType = (options.quantizeKey?.precision ?? problem.key.precision).rawValue
+        valueType = (options.quantizeValue?.precision ?? problem.value.precision).rawValue
         outputType = problem.output?.precision.rawValue ?? Precision.fp32.rawValue
         hasLogsumexp = problem.logsumexp != nil
         isCausal = options.causal
@@ -68,6 +68,9 @@ struct AttentionKernelOptions: Hashable {
         hasDropout = options.dropoutP > 0
         self.isDeferred = isDeferred
     }
+
+    /// Whether an operand is quantised.
+    var hasCodes: Bool { [queryType, keyType, valueType].contains { Precision(rawValue: $0)?.isQuantized ?? false } }
 
     /// For the compiler.
     var constants: KernelConstants {
@@ -137,9 +140,6 @@ enum AttentionKernels {
     /// The feature for which there are no kernels for a problem; nil if there are.
     static func obstacle(_ problem: AttentionProblem) -> String? {
         let options = problem.options
-        if options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil {
-            return "operands that are quantised on the way in"
-        }
         if problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64 { return "FP64" }
         if !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return "a softmax_scale or softcap beyond the range of float" }
         if !fits(problem.query.shape) || !fits(problem.key.shape) { return "sizes of 2^30 and more" }

@@ -14,10 +14,13 @@ private struct BackwardParameters {
 
 /// One backward problem as the device gets it, and the kernels that compute it, one after the other.
 struct BackwardCall: DeviceCall {
+    private let arguments: AttentionArguments
     private let parameters: BackwardParameters
     private let bindings: Bindings
     private let results: DeviceResults
     private let steps: [Step]
+    /// Undo the rotation of gradients.
+    private let rotations: [QuantizePass]
 
     private struct Step {
         let pipeline: any MTLComputePipelineState
@@ -68,13 +71,13 @@ struct BackwardCall: DeviceCall {
         if let gradLogsumexp = gradients.gradLogsumexp { bindings[18] = try memory.share(gradLogsumexp, size: statistics) }
 
         // Integer kernels round the weights of their output: what it would give for d_values is too far off.
-        let hasCodes = [attention.query, attention.key, attention.value].contains { $0.precision.isQuantized }
+        let kernelOptions = AttentionKernelOptions(attention)
         var source = BackwardCall.recomputed
         if gradients.dValuesGiven {
             source = BackwardCall.given
             bindings[19] = try memory.share(gradients.dValues, size: statistics)
         } else {
-            if let output = attention.output, output.hasElements, !hasCodes {
+            if let output = attention.output, output.hasElements, !kernelOptions.hasCodes {
                 source = BackwardCall.fromOutput
                 let (address, strides) = try memory.share(output)
                 bindings[5] = address
@@ -87,8 +90,30 @@ struct BackwardCall: DeviceCall {
             }
         }
 
-        if let gradient = gradients.gradQuery { (bindings[20], parameters.gradQuery) = try results.add(gradient, memory) }
-        if let gradient = gradients.gradKey { (bindings[22], parameters.gradKey) = try results.add(gradient, memory) }
+        // Gradients of rotated codes come in the rotated space, in FP32.
+        var rotations: [QuantizePass] = []
+        func add(_ gradient: Tensor, isRotated: Bool, _ results: inout DeviceResults) throws(MFAError) -> (DeviceAddress, TensorView) {
+            let (target, view) = try results.add(gradient, memory)
+            if !isRotated { return (target, view) }
+            let shape = gradient.shape
+            let rotated = Tensor(nil, precision: .fp32, shape: shape)
+            let size = shape[0] * shape[1] * shape[2] * shape[3] * MemoryLayout<Float>.size
+            let source = DeviceAddress(buffer: try memory.make(size), offset: 0)
+            let sourceView = TensorView(strides: long4(rotated.strides))
+            var bindings = Bindings()
+            bindings[2] = source
+            rotations.append(
+                try QuantizePass(rotated, rotated: true, bindings, sourceView, to: target, view, gradient.precision, &library))
+            return (source, sourceView)
+        }
+        let rotatesQuery = attention.options.quantizeQuery?.rotate ?? attention.query.quantization?.rotated ?? false
+        let rotatesKey = attention.options.quantizeKey?.rotate ?? attention.key.quantization?.rotated ?? false
+        if let gradient = gradients.gradQuery {
+            (bindings[20], parameters.gradQuery) = try add(gradient, isRotated: rotatesQuery, &results)
+        }
+        if let gradient = gradients.gradKey {
+            (bindings[22], parameters.gradKey) = try add(gradient, isRotated: rotatesKey, &results)
+        }
         if let gradient = gradients.gradValue { (bindings[23], parameters.gradValue) = try results.add(gradient, memory) }
         if let gradient = gradients.gradMask {
             let (address, view) = try results.add(gradient, memory)
@@ -101,10 +126,12 @@ struct BackwardCall: DeviceCall {
             bindings[26] = try results.add(gradient, size: byHead, memory)
         }
 
+        self.arguments = arguments
+        self.rotations = rotations
         self.parameters = parameters
         self.bindings = bindings
         self.results = results
-        steps = try BackwardCall.steps(problem, parameters, source, &library)
+        steps = try BackwardCall.steps(problem, kernelOptions.constants, parameters, source, rotatesQuery, rotatesKey, &library)
     }
 
     // The numbers of attention_backward.metal.
@@ -113,17 +140,22 @@ struct BackwardCall: DeviceCall {
     private static let recomputed: Int32 = 2
 
     private static func steps(
-        _ problem: BackwardProblem, _ parameters: BackwardParameters, _ source: Int32, _ library: inout KernelLibrary
+        _ problem: BackwardProblem, _ attentionConstants: KernelConstants, _ parameters: BackwardParameters, _ source: Int32,
+        _ rotatesQuery: Bool, _ rotatesKey: Bool, _ library: inout KernelLibrary
     ) throws(MFAError) -> [Step] {
         let attention = problem.attention
         let gradients = problem.gradients
         guard let channels = AttentionKernels.channels(attention) else { return [] }
-        var constants = AttentionKernelOptions(attention).constants
+        var constants = attentionConstants
         constants.set(gradients.gradOutput.precision.rawValue, 13)
-        constants.set(gradients.gradQuery?.precision.rawValue ?? -1, 14)
-        constants.set(gradients.gradKey?.precision.rawValue ?? -1, 15)
-        constants.set(gradients.gradValue?.precision.rawValue ?? -1, 16)
-        constants.set(gradients.gradMask?.precision.rawValue ?? -1, 17)
+        func type(_ gradient: Tensor?, isRotated: Bool = false) -> Int32 {
+            guard let gradient else { return -1 }
+            return (isRotated ? .fp32 : gradient.precision).rawValue
+        }
+        constants.set(type(gradients.gradQuery, isRotated: rotatesQuery), 14)
+        constants.set(type(gradients.gradKey, isRotated: rotatesKey), 15)
+        constants.set(type(gradients.gradValue), 16)
+        constants.set(type(gradients.gradMask), 17)
         constants.set(source, 18)
         constants.set(gradients.gradLogsumexp != nil, 19)
         constants.set(gradients.gradAlibiSlopes != nil, 20)
@@ -161,15 +193,18 @@ struct BackwardCall: DeviceCall {
     }
 
     func encode(_ encoder: any MTLComputeCommandEncoder) {
+        arguments.encodePasses(encoder)
         encoder.setParameters(parameters, index: 0)
         bindings.set(encoder)
         for step in steps {
             encoder.setComputePipelineState(step.pipeline)
             encoder.dispatchThreadgroups(step.groups, threadsPerThreadgroup: MTLSize(width: step.threads, height: 1, depth: 1))
         }
+        for rotation in rotations { rotation.encode(encoder) }
     }
 
     func finish(_ cpu: CPUBackend) throws(MFAError) {
+        try arguments.checkPasses()
         results.copy()
     }
 }

@@ -138,7 +138,7 @@ enum KernelSources {
             uint seed_low;
             uint seed_high;
             uint dropout_offset;
-            uint reserved;
+            uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
         // Where the rows of a sequence stand among its keys, and how many of these there are.
@@ -146,6 +146,19 @@ enum KernelSources {
             long offset;
             long length;
         };
+
+        // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
+        constant constexpr int CARE = 0;
+        constant constexpr int REFUSED_QUERY = 1;
+        constant constexpr int REFUSED_KEY = 2;
+        constant constexpr int REFUSED_VALUE = 3;
+
+        METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
+        {
+            if (!p.heeds_refusal) { return false; }
+            return (atomic_load_explicit(&flags[REFUSED_QUERY], memory_order_relaxed) | atomic_load_explicit(&flags[REFUSED_KEY], memory_order_relaxed)
+                | atomic_load_explicit(&flags[REFUSED_VALUE], memory_order_relaxed)) != 0;
+        }
 
         // An element of a query, key or value as the real number that it stands for.
         METAL_FUNC float load_real(
@@ -515,6 +528,7 @@ enum KernelSources {
             device float* d_values [[buffer(19)]],
             device uchar* grad_query [[buffer(20), function_constant(wants_grad_query)]],
             device float* slope_parts [[buffer(21), function_constant(wants_grad_slopes)]],
+            const device atomic_uint* flags [[buffer(27)]],
             uint3 group [[threadgroup_position_in_grid]],
             uint index [[thread_index_in_threadgroup]],
             ushort lane [[thread_index_in_simdgroup]],
@@ -524,6 +538,7 @@ enum KernelSources {
             threadgroup int votes[SIMDGROUPS];
 
             constant Parameters& p = parameters.attention;
+            if (is_refused(p, flags)) { return; }
             const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
             const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
             const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -664,6 +679,7 @@ enum KernelSources {
             const device float* d_values [[buffer(19)]],
             device uchar* grad_key [[buffer(22), function_constant(wants_grad_key)]],
             device uchar* grad_value [[buffer(23), function_constant(wants_grad_value)]],
+            const device atomic_uint* flags [[buffer(27)]],
             uint3 group [[threadgroup_position_in_grid]],
             uint index [[thread_index_in_threadgroup]],
             ushort lane [[thread_index_in_simdgroup]],
@@ -673,6 +689,7 @@ enum KernelSources {
             threadgroup int votes[SIMDGROUPS];
 
             constant Parameters& p = parameters.attention;
+            if (is_refused(p, flags)) { return; }
             const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
             const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
             const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -836,6 +853,7 @@ enum KernelSources {
             const device float* grad_logsumexp [[buffer(18), function_constant(has_grad_logsumexp)]],
             const device float* d_values [[buffer(19)]],
             device uchar* grad_mask [[buffer(24)]],
+            const device atomic_uint* flags [[buffer(27)]],
             uint3 group [[threadgroup_position_in_grid]],
             uint index [[thread_index_in_threadgroup]],
             ushort lane [[thread_index_in_simdgroup]],
@@ -846,6 +864,7 @@ enum KernelSources {
             threadgroup int votes[SIMDGROUPS];
 
             constant Parameters& p = parameters.attention;
+            if (is_refused(p, flags)) { return; }
             const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
             const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
             const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -954,10 +973,12 @@ enum KernelSources {
             const device float* slope_parts [[buffer(21), function_constant(wants_grad_slopes)]],
             device float* grad_sinks [[buffer(25), function_constant(wants_grad_sinks)]],
             device float* grad_slopes [[buffer(26), function_constant(wants_grad_slopes)]],
+            const device atomic_uint* flags [[buffer(27)]],
             uint head [[threadgroup_position_in_grid]],
             ushort lane [[thread_index_in_simdgroup]])
         {
             constant Parameters& p = parameters.attention;
+            if (is_refused(p, flags)) { return; }
             Sum sink_sum = {0.0f, 0.0f};
             Sum slope_sum = {0.0f, 0.0f};
             for (int batch = 0; batch < p.batch_size; batch++) {
@@ -996,7 +1017,7 @@ enum KernelSources {
         //
         // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
         // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-        // attended score, or a sum, is not finite, `needs_care` is set: then results mean nothing, and the caller computes in a wider type.
+        // attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
 
         #line 1 "attention.h"
         // What the kernels of attention share: how operands lie in memory, what a pipeline is specialised to, and the rules of scores.
@@ -1117,7 +1138,7 @@ enum KernelSources {
             uint seed_low;
             uint seed_high;
             uint dropout_offset;
-            uint reserved;
+            uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
         // Where the rows of a sequence stand among its keys, and how many of these there are.
@@ -1125,6 +1146,19 @@ enum KernelSources {
             long offset;
             long length;
         };
+
+        // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
+        constant constexpr int CARE = 0;
+        constant constexpr int REFUSED_QUERY = 1;
+        constant constexpr int REFUSED_KEY = 2;
+        constant constexpr int REFUSED_VALUE = 3;
+
+        METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
+        {
+            if (!p.heeds_refusal) { return false; }
+            return (atomic_load_explicit(&flags[REFUSED_QUERY], memory_order_relaxed) | atomic_load_explicit(&flags[REFUSED_KEY], memory_order_relaxed)
+                | atomic_load_explicit(&flags[REFUSED_VALUE], memory_order_relaxed)) != 0;
+        }
 
         // An element of a query, key or value as the real number that it stands for.
         METAL_FUNC float load_real(
@@ -1213,7 +1247,7 @@ enum KernelSources {
             const device float* key_means [[buffer(14), function_constant(has_key_codes)]],
             const device float* value_scales [[buffer(15), function_constant(has_value_codes)]],
             const device int* value_zero_points [[buffer(16), function_constant(has_value_codes)]],
-            device atomic_uint* needs_care [[buffer(17)]],
+            device atomic_uint* flags [[buffer(27)]],
             uint3 group [[threadgroup_position_in_grid]],
             uint index [[thread_index_in_threadgroup]],
             ushort lane [[thread_index_in_simdgroup]],
@@ -1223,6 +1257,7 @@ enum KernelSources {
             threadgroup T tile[TILE * STRIDE];
             threadgroup int votes[SIMDGROUPS];
 
+            if (is_refused(p, flags)) { return; }
             const int value_blocks = (p.head_dim_v + CHANNELS - 1) / CHANNELS;
             const int batch = int(group.z);
             const int head = int(group.y) / value_blocks;
@@ -1438,7 +1473,7 @@ enum KernelSources {
                 const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
                 logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
-            if (!is_safe) { atomic_store_explicit(needs_care, 1u, memory_order_relaxed); }
+            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
         }
 
         template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;

@@ -44,11 +44,6 @@ struct DeviceFlags {
     }
 }
 
-/// Why a call whose operand has a value that is not finite is refused.
-func notFinite(_ name: StaticString) -> MFAError {
-    .argument("`\(name)`: values to be quantised must be finite, as FP32 and after rotation and smoothing")
-}
-
 /// Quantising or dequantising one tensor: kernels, one after the other, of which each sees what those before it wrote.
 struct QuantizePass {
     private let parameters: QuantizeParameters
@@ -244,7 +239,7 @@ struct QuantizeCall: DeviceCall {
     }
 
     func finish(_ cpu: CPUBackend) throws(MFAError) {
-        if flags[0] { throw notFinite("input") }
+        if flags[0] { throw .notFinite("input") }
         results.copy()
     }
 }

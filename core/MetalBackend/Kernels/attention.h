@@ -51,7 +51,7 @@ struct Parameters {
     uint seed_low;
     uint seed_high;
     uint dropout_offset;
-    uint reserved;
+    uint heeds_refusal;  // write nothing if an operand could not be quantised
 };
 
 // Where the rows of a sequence stand among its keys, and how many of these there are.
@@ -59,6 +59,19 @@ struct Sequence {
     long offset;
     long length;
 };
+
+// What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
+constant constexpr int CARE = 0;
+constant constexpr int REFUSED_QUERY = 1;
+constant constexpr int REFUSED_KEY = 2;
+constant constexpr int REFUSED_VALUE = 3;
+
+METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
+{
+    if (!p.heeds_refusal) { return false; }
+    return (atomic_load_explicit(&flags[REFUSED_QUERY], memory_order_relaxed) | atomic_load_explicit(&flags[REFUSED_KEY], memory_order_relaxed)
+        | atomic_load_explicit(&flags[REFUSED_VALUE], memory_order_relaxed)) != 0;
+}
 
 // An element of a query, key or value as the real number that it stands for.
 METAL_FUNC float load_real(

@@ -315,6 +315,7 @@ template <int CHANNELS>
     device float* d_values [[buffer(19)]],
     device uchar* grad_query [[buffer(20), function_constant(wants_grad_query)]],
     device float* slope_parts [[buffer(21), function_constant(wants_grad_slopes)]],
+    const device atomic_uint* flags [[buffer(27)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
@@ -324,6 +325,7 @@ template <int CHANNELS>
     threadgroup int votes[SIMDGROUPS];
 
     constant Parameters& p = parameters.attention;
+    if (is_refused(p, flags)) { return; }
     const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
     const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
     const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -464,6 +466,7 @@ template <int CHANNELS>
     const device float* d_values [[buffer(19)]],
     device uchar* grad_key [[buffer(22), function_constant(wants_grad_key)]],
     device uchar* grad_value [[buffer(23), function_constant(wants_grad_value)]],
+    const device atomic_uint* flags [[buffer(27)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
@@ -473,6 +476,7 @@ template <int CHANNELS>
     threadgroup int votes[SIMDGROUPS];
 
     constant Parameters& p = parameters.attention;
+    if (is_refused(p, flags)) { return; }
     const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
     const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
     const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -636,6 +640,7 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
     const device float* grad_logsumexp [[buffer(18), function_constant(has_grad_logsumexp)]],
     const device float* d_values [[buffer(19)]],
     device uchar* grad_mask [[buffer(24)]],
+    const device atomic_uint* flags [[buffer(27)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
@@ -646,6 +651,7 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
     threadgroup int votes[SIMDGROUPS];
 
     constant Parameters& p = parameters.attention;
+    if (is_refused(p, flags)) { return; }
     const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
     const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
     const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
@@ -754,10 +760,12 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
     const device float* slope_parts [[buffer(21), function_constant(wants_grad_slopes)]],
     device float* grad_sinks [[buffer(25), function_constant(wants_grad_sinks)]],
     device float* grad_slopes [[buffer(26), function_constant(wants_grad_slopes)]],
+    const device atomic_uint* flags [[buffer(27)]],
     uint head [[threadgroup_position_in_grid]],
     ushort lane [[thread_index_in_simdgroup]])
 {
     constant Parameters& p = parameters.attention;
+    if (is_refused(p, flags)) { return; }
     Sum sink_sum = {0.0f, 0.0f};
     Sum slope_sum = {0.0f, 0.0f};
     for (int batch = 0; batch < p.batch_size; batch++) {

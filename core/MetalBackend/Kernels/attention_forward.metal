@@ -8,7 +8,7 @@
 //
 // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
 // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-// attended score, or a sum, is not finite, `needs_care` is set: then results mean nothing, and the caller computes in a wider type.
+// attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
 
 #include "attention.h"
 
@@ -31,7 +31,7 @@ template <typename T, int CHANNELS, int TILE>
     const device float* key_means [[buffer(14), function_constant(has_key_codes)]],
     const device float* value_scales [[buffer(15), function_constant(has_value_codes)]],
     const device int* value_zero_points [[buffer(16), function_constant(has_value_codes)]],
-    device atomic_uint* needs_care [[buffer(17)]],
+    device atomic_uint* flags [[buffer(27)]],
     uint3 group [[threadgroup_position_in_grid]],
     uint index [[thread_index_in_threadgroup]],
     ushort lane [[thread_index_in_simdgroup]],
@@ -41,6 +41,7 @@ template <typename T, int CHANNELS, int TILE>
     threadgroup T tile[TILE * STRIDE];
     threadgroup int votes[SIMDGROUPS];
 
+    if (is_refused(p, flags)) { return; }
     const int value_blocks = (p.head_dim_v + CHANNELS - 1) / CHANNELS;
     const int batch = int(group.z);
     const int head = int(group.y) / value_blocks;
@@ -256,7 +257,7 @@ template <typename T, int CHANNELS, int TILE>
         const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
         logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
     }
-    if (!is_safe) { atomic_store_explicit(needs_care, 1u, memory_order_relaxed); }
+    if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
 }
 
 template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;
