@@ -140,7 +140,8 @@ MFA_API int32_t mfa_create_context(void* MFA_NULLABLE* MFA_CHECKED context);
 /*
  * Creates a context as `options` say (NULL: as mfa_create_context()).
  * Returns 0; 5 for a NULL `context`, a struct_size too small, an unknown device, num_threads above 256, or only one of the two allocator
- * functions; 6 for a longer options struct with nonzero unknown fields; 2; 7 if the device is not here. On failure *context is untouched.
+ * functions; 6 for a longer options struct with nonzero unknown fields, or a GPU that lacks a feature that all kernels need (named in the
+ * message); 2; 7 if the device is not here. On failure *context is untouched.
  */
 MFA_API int32_t mfa_create_context_with_options(const mfa_context_options_t* MFA_NULLABLE options, mfa_context_t* MFA_NULLABLE* MFA_CHECKED context);
 
@@ -161,6 +162,7 @@ typedef struct mfa_context_info {
     uint64_t operand_precisions;   /* bit n set: operands of precision code n are served */
     uint64_t fallback_precisions;  /* those of them that this device leaves to the CPU kernels (on Metal: FP64) */
     uint64_t workspace_bytes;      /* that the context holds now */
+    double gpu_seconds;            /* that the GPU was at work for the last call which computed; 0 if it was not. Not in the first version */
 } mfa_context_info_t;
 
 /* Fills *info. Returns 0; 1; 5 if `info` is NULL or its struct_size too small. */
@@ -196,7 +198,9 @@ MFA_API int32_t mfa_create_buffer(mfa_context_t* MFA_CHECKED context, size_t siz
 MFA_API int32_t mfa_create_buffer_from_memory(mfa_context_t* MFA_CHECKED context, void* MFA_CHECKED memory, size_t size,
                                               mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 
-/* Wraps an id<MTLBuffer> (bridged to void*), which the buffer retains. Returns 0; 1; 5; 6 on a context that is not a Metal one; 2. */
+/* Wraps an id<MTLBuffer> (bridged to void*), which the buffer retains; no copy. On SOFTMETAL it is an sm_buffer* of softmetal.h. Returns 0; 1;
+ * 5 for NULL, a buffer of another device, or (SOFTMETAL only: a Mac cannot tell) a pointer to anything else; 6 on a context that is not a Metal
+ * one, or for memory that the host cannot read; 2. */
 MFA_API int32_t mfa_create_buffer_from_metal(mfa_context_t* MFA_CHECKED context, void* MFA_CHECKED metal_buffer,
                                              mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 
@@ -330,9 +334,13 @@ MFA_API int32_t mfa_attention_run_backward(mfa_context_t* MFA_CHECKED context, c
                                            const mfa_attention_gradients_t* MFA_CHECKED gradients);
 
 /*
- * Record the same work into `command_buffer`, an id<MTLCommandBuffer> bridged to void*, without committing it or waiting. Operands are
- * buffers. What only the device can see is not checked: kv_lengths are clamped to 0 ... seq_len_kv, bad scales make their rows NaN.
- * Return 0, 1, 2, 3, 5, or 6: on a context that is not a Metal one, or for work that the device leaves to the CPU.
+ * Record the same work into `command_buffer`, an id<MTLCommandBuffer> bridged to void* (on SOFTMETAL an sm_command_buffer* of softmetal.h),
+ * without committing it or waiting. All arrays that the work reads or writes, kv_lengths and scales among them, lie in buffers of the device,
+ * as `buffer` of their tensor or as addresses in such a buffer's contents, and are read when the work runs. What only the device can see is
+ * not checked: kv_lengths are clamped to 0 ... seq_len_kv; bad scales, and scores beyond the range of float, make their rows NaN.
+ * Temporary memory is kept until the command buffer has completed.
+ * Return 0, 1, 2, 3, 4 for a kernel that cannot be compiled, 5 also for a command buffer that is another device's or was committed, or 6: on a
+ * context that is not a Metal one, or for work that the device leaves to the CPU. Nothing was recorded unless they return 0.
  */
 MFA_API int32_t mfa_attention_encode_forward(mfa_context_t* MFA_CHECKED context, void* MFA_CHECKED command_buffer,
                                              const mfa_attention_t* MFA_CHECKED attention);

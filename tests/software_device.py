@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cffi
 import numpy as np
 
 import build_softmetal
@@ -102,3 +104,19 @@ def replay(program: Path, recorded: Sequence[Path], order: str = "forward") -> s
     environment = os.environ | {"SOFTMETAL_ORDER": order}
     environment.pop("SOFTMETAL_RECORD", None)
     return subprocess.run([str(program), *map(str, recorded)], env=environment, capture_output=True, text=True)
+
+
+def _declarations() -> str:
+    """What cffi can read of softmetal.h: no preprocessor but the numbers."""
+    text = (build_softmetal.CORE / "Loader" / "include" / "softmetal.h").read_text()
+    text = re.sub(r"#ifdef __cplusplus\n.*?#endif\n", "", text, flags=re.DOTALL)
+    return re.sub(r"^#(?!define \w+ \d+$).*$", "", text, flags=re.MULTILINE)
+
+
+ffi = cffi.FFI()
+ffi.cdef(_declarations())
+
+
+def open_interface() -> Any:
+    """The libsoftmetal that libmfa uses, with the functions of softmetal.h."""
+    return ffi.dlopen(str(build_softmetal.LINK))

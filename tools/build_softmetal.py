@@ -34,7 +34,7 @@ if platform.machine() == "x86_64":
     # Half precision is rounded at each operation, as on a GPU; arm64 does nothing else.
     FLAGS.append("-fexcess-precision=16")
 KERNEL_FLAGS = ["-nostdinc++", "-ffp-contract=off", "-Wno-unused-function", "-Wno-unused-const-variable", "-Wno-unused-parameter"]
-SANITIZERS = {"": ["-O2"], "address": ["-O1", "-fsanitize=address"], "thread": ["-O1", "-fsanitize=thread"]}
+SANITIZERS = {"": ["-O2", "-fno-math-errno"], "address": ["-O1", "-fsanitize=address"], "thread": ["-O1", "-fsanitize=thread"]}
 
 
 class BuildError(Exception):

@@ -37,9 +37,7 @@ public func mfa_attention_encode_forward(
     _ context: OpaquePointer?, _ commandBuffer: UnsafeMutableRawPointer?, _ attention: UnsafePointer<mfa_attention_t>?
 ) -> Int32 {
     withContext(UInt(bitPattern: context), "mfa_attention_encode_forward") { (_, session) throws(MFAError) in
-        var request = try request(attention)
-        noteEncoding(commandBuffer, &request.deferred)
-        try session.check(request)
+        try session.encode(try request(attention), into: commandBuffer)
     }
 }
 
@@ -49,16 +47,8 @@ public func mfa_attention_encode_backward(
     _ gradientsAsked: UnsafePointer<mfa_attention_gradients_t>?
 ) -> Int32 {
     withContext(UInt(bitPattern: context), "mfa_attention_encode_backward") { (_, session) throws(MFAError) in
-        var request = try request(attention)
-        noteEncoding(commandBuffer, &request.deferred)
-        try session.check(request, try gradients(gradientsAsked))
+        try session.encode(try request(attention), try gradients(gradientsAsked), into: commandBuffer)
     }
-}
-
-/// No device that is served so far has command buffers.
-private func noteEncoding(_ commandBuffer: UnsafeMutableRawPointer?, _ deferred: inout DeferredFailures) {
-    if commandBuffer == nil { deferred.notePointer("`command_buffer` must not be NULL") }
-    deferred.noteUnsupported("encoding into a command buffer is not served by any device of this version")
 }
 
 @c @implementation

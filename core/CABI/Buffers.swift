@@ -25,10 +25,10 @@ public func mfa_create_buffer_from_memory(
 public func mfa_create_buffer_from_metal(
     _ context: OpaquePointer?, _ metalBuffer: UnsafeMutableRawPointer?, _ buffer: UnsafeMutablePointer<OpaquePointer?>?
 ) -> Int32 {
-    withContext(UInt(bitPattern: context), "mfa_create_buffer_from_metal") { (_, _) throws(MFAError) in
-        if metalBuffer == nil { throw .argument("`metal_buffer` must not be NULL") }
-        if buffer == nil { throw .argument("`buffer` must not be NULL") }
-        throw .unsupported("buffers around one of Metal's are not served by any device of this version")
+    withContext(UInt(bitPattern: context), "mfa_create_buffer_from_metal") { (_, session) throws(MFAError) in
+        guard let metalBuffer else { throw .argument("`metal_buffer` must not be NULL") }
+        guard let buffer else { throw .argument("`buffer` must not be NULL") }
+        buffer.pointee = try handle(try session.wrap(deviceBuffer: metalBuffer))
     }
 }
 

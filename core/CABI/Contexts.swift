@@ -35,8 +35,10 @@ public func mfa_context_get_info(_ context: OpaquePointer?, _ info: UnsafeMutabl
     withContext(UInt(bitPattern: context), "mfa_context_get_info") { (entry, session) throws(MFAError) in
         guard let info else { throw .argument("`info` must not be NULL") }
         let known = MemoryLayout<mfa_context_info_t>.size
+        // The first version ended before this field.
+        let least = MemoryLayout<mfa_context_info_t>.offset(of: \.gpu_seconds) ?? known
         let given = UnsafeRawPointer(info).loadUnaligned(as: UInt32.self)
-        if given < known { throw .argument("`info`: `struct_size` must be \(known) or more (got \(given))") }
+        if given < least { throw .argument("`info`: `struct_size` must be \(least) or more (got \(given))") }
         let described = entry.context.info
         var filled = mfa_context_info_t()
         filled.struct_size = given
@@ -47,8 +49,9 @@ public func mfa_context_get_info(_ context: OpaquePointer?, _ info: UnsafeMutabl
         filled.operand_precisions = described.operandPrecisions.reduce(0) { $0 | 1 << UInt64($1.rawValue) }
         filled.fallback_precisions = described.fallbackPrecisions.reduce(0) { $0 | 1 << UInt64($1.rawValue) }
         filled.workspace_bytes = UInt64(clamping: session.heldWorkspace)
+        filled.gpu_seconds = session.deviceSeconds
         withUnsafeBytes(of: filled) {
-            UnsafeMutableRawPointer(info).copyMemory(from: $0.baseAddress ?? UnsafeRawPointer(info), byteCount: known)
+            UnsafeMutableRawPointer(info).copyMemory(from: $0.baseAddress ?? UnsafeRawPointer(info), byteCount: min(known, Int(given)))
         }
     }
 }

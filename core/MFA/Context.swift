@@ -53,6 +53,14 @@ public final class Context: @unchecked Sendable {
         try exclusively { (session) throws(MFAError) in try session.wrap(memory, size: size) }
     }
 
+    /// Wraps a buffer of the device's framework, on a Mac an `MTLBuffer`, which the result holds; no copy.
+    public func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
+        try exclusively { (session) throws(MFAError) in try session.wrap(deviceBuffer: deviceBuffer) }
+    }
+
+    /// Seconds that the device was at work for the last call; 0 if the host did it all.
+    public var deviceSeconds: Double { exclusively { $0.deviceSeconds } }
+
     /// Computes a problem's output and, if asked for, its logsumexp.
     public func forward(_ request: AttentionRequest) throws(MFAError) {
         try exclusively { (session) throws(MFAError) in try session.forward(request) }
@@ -61,6 +69,18 @@ public final class Context: @unchecked Sendable {
     /// Computes the gradients that are asked for.
     public func backward(_ request: AttentionRequest, _ gradients: GradientRequest) throws(MFAError) {
         try exclusively { (session) throws(MFAError) in try session.backward(request, gradients) }
+    }
+
+    /// Records forward into a command buffer of the caller's, on a Mac an `MTLCommandBuffer`, without committing it.
+    public func encode(_ request: AttentionRequest, into commandBuffer: UnsafeMutableRawPointer) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in try session.encode(request, into: commandBuffer) }
+    }
+
+    /// Records backward likewise.
+    public func encode(
+        _ request: AttentionRequest, _ gradients: GradientRequest, into commandBuffer: UnsafeMutableRawPointer
+    ) throws(MFAError) {
+        try exclusively { (session) throws(MFAError) in try session.encode(request, gradients, into: commandBuffer) }
     }
 
     /// The bytes of workspace that a forward call would hold.
@@ -112,6 +132,8 @@ package struct Session {
 
     package var heldWorkspace: Int { backend.heldWorkspace }
 
+    package var deviceSeconds: Double { backend.deviceSeconds }
+
     package func makeBuffer(size: Int) throws(MFAError) -> Buffer {
         if size < 0 { throw .dimensions("`size` must be 0 to 2^63 - 1 (got \(UInt(bitPattern: size)))") }
         return try backend.makeBuffer(size: size)
@@ -123,6 +145,10 @@ package struct Session {
         }
         if memory == nil && size > 0 { throw .argument("`memory` must not be NULL for a buffer of \(size) bytes") }
         return try backend.wrap(memory, size: size)
+    }
+
+    package func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
+        try backend.wrap(deviceBuffer: deviceBuffer)
     }
 
     /// Runs a validated call. In the order of the statuses its inputs come before what is not served and before workspace, but the backend
@@ -150,13 +176,21 @@ package struct Session {
             inputs: { () throws(MFAError) in try problem.attention.checkFusedInputs() })
     }
 
-    /// Validates a request that will not run here: nothing of the caller's memory is read.
-    package func check(_ request: AttentionRequest, _ gradients: GradientRequest? = nil) throws(MFAError) {
-        if let gradients {
-            _ = try BackwardProblem(request, gradients, reading: .none)
-        } else {
-            _ = try AttentionProblem(request, for: .forward, reading: .none)
+    /// Records forward, or with gradients backward, into a command buffer of the caller's: nothing of the operands' memory is read.
+    package func encode(
+        _ request: AttentionRequest, _ gradients: GradientRequest? = nil, into commandBuffer: UnsafeMutableRawPointer?
+    ) throws(MFAError) {
+        var request = request
+        if let fault = commandBuffer.map({ backend.fault(ofCommandBuffer: $0) }) ?? "`command_buffer` must not be NULL" {
+            request.deferred.notePointer(fault)
         }
+        guard let gradients else {
+            let problem = try AttentionProblem(request, for: .forward, reading: .none)
+            if let commandBuffer { try backend.encode(forward: problem, into: commandBuffer) }
+            return
+        }
+        let problem = try BackwardProblem(request, gradients, reading: .none)
+        if let commandBuffer { try backend.encode(backward: problem, into: commandBuffer) }
     }
 
     /// Of forward without gradients, else of backward.

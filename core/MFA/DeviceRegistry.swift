@@ -1,10 +1,7 @@
 import CPUBackend
 public import MFACore
-import MetalBackend
-
-#if os(Linux)
 import Metal
-#endif
+import MetalBackend
 
 /// Which devices there are, and who computes on them: the one place that names backends.
 enum DeviceRegistry {
@@ -42,18 +39,26 @@ enum DeviceRegistry {
     private static let installed = Device.softmetal
 
     private static func makeMetal(_ options: Options) throws(MFAError) -> any Backend {
-        if !MetalBackend.isAvailable {
+        if MTLCreateSystemDefaultDevice() == nil {
             throw MFAError(
                 .deviceUnavailable, "the device \"softmetal\" needs libsoftmetal, a development tool: \(softMetalLoadError())")
         }
-        return try MetalBackend(.softmetal, named: "softmetal", threads: options.threads, allocator: options.allocator)
+        // A pointer that a caller passes is an object of libsoftmetal's, which knows all that live.
+        let objects = MetalObjects(
+            buffer: { softMetalBuffer(at: $0) }, commandBuffer: { softMetalCommandBuffer(at: $0) })
+        return try MetalBackend(
+            .softmetal, named: "softmetal", threads: options.threads, allocator: options.allocator, objects: objects)
     }
     #else
     /// The device that the module Metal stands for here.
     private static let installed = Device.metal
 
     private static func makeMetal(_ options: Options) throws(MFAError) -> any Backend {
-        try MetalBackend(.metal, named: "metal", threads: options.threads, allocator: options.allocator)
+        // A pointer that a caller passes is an Objective-C object, and is trusted to be one that lives.
+        func object(_ pointer: UnsafeMutableRawPointer) -> AnyObject { Unmanaged<AnyObject>.fromOpaque(pointer).takeUnretainedValue() }
+        let objects = MetalObjects(
+            buffer: { object($0) as? any MTLBuffer }, commandBuffer: { object($0) as? any MTLCommandBuffer })
+        return try MetalBackend(.metal, named: "metal", threads: options.threads, allocator: options.allocator, objects: objects)
     }
     #endif
 }

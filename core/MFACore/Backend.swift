@@ -39,6 +39,8 @@ public protocol Backend: AnyObject {
     func makeBuffer(size: Int) throws(MFAError) -> Buffer
     /// The caller's memory, which he keeps alive, made usable by this device.
     func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer
+    /// A buffer of the device's framework, which the result holds.
+    func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer
 
     /// Writes the output and, where there is one, the logsumexp.
     func forward(_ problem: AttentionProblem) throws(MFAError)
@@ -52,6 +54,15 @@ public protocol Backend: AnyObject {
     func merge(_ problem: MergeProblem) throws(MFAError)
     /// Waits until all results are written.
     func finish() throws(MFAError)
+    /// Seconds that the device was at work for the last call; 0 if the host did it all.
+    var deviceSeconds: Double { get }
+
+    /// What is wrong with a command buffer of the caller's; nil if nothing is.
+    func fault(ofCommandBuffer commandBuffer: UnsafeMutableRawPointer) -> String?
+    /// Records forward into a command buffer of the caller's. Nothing of the operands was read, nor is it here.
+    func encode(forward problem: AttentionProblem, into commandBuffer: UnsafeMutableRawPointer) throws(MFAError)
+    /// Records backward likewise.
+    func encode(backward problem: BackwardProblem, into commandBuffer: UnsafeMutableRawPointer) throws(MFAError)
 
     /// The bytes of workspace that a forward call would hold.
     func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int
@@ -62,4 +73,23 @@ public protocol Backend: AnyObject {
 
     /// Forgets workspace that a thread which no longer exists, after fork(), may have been changing.
     func abandonWorkspace()
+}
+
+/// A device without a framework of its own.
+extension Backend {
+    public var deviceSeconds: Double { 0 }
+
+    public func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
+        throw .unsupported("buffers around one of Metal's are not served by the device \"\(info.name)\"")
+    }
+
+    public func fault(ofCommandBuffer commandBuffer: UnsafeMutableRawPointer) -> String? { nil }
+
+    public func encode(forward problem: AttentionProblem, into commandBuffer: UnsafeMutableRawPointer) throws(MFAError) {
+        throw .unsupported("encoding into a command buffer is not served by the device \"\(info.name)\"")
+    }
+
+    public func encode(backward problem: BackwardProblem, into commandBuffer: UnsafeMutableRawPointer) throws(MFAError) {
+        throw .unsupported("encoding into a command buffer is not served by the device \"\(info.name)\"")
+    }
 }

@@ -45,7 +45,7 @@ struct AttentionParameters {
     var heedsRefusal: UInt32
 }
 
-private struct Sequence {
+struct Sequence {
     var offset: Int64
     var length: Int64
 }
@@ -78,6 +78,8 @@ extension MTLComputeCommandEncoder {
 struct AttentionArguments {
     var parameters: AttentionParameters
     var bindings = Bindings()
+    /// Finds out where the rows of each sequence stand, if the host must not.
+    private let sequencesPass: SequencesPass?
     private var passes: [QuantizePass] = []
     private let flags: DeviceFlags
 
@@ -87,23 +89,35 @@ struct AttentionArguments {
     private static let key = 2
     private static let value = 3
 
-    /// Takes the memory, and reads the operands that have to be copied.
-    init(_ problem: AttentionProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary) throws(MFAError) {
+    /// Takes the memory, and reads the operands that have to be copied; of a deferred call, none.
+    init(
+        _ problem: AttentionProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary, isDeferred: Bool = false
+    ) throws(MFAError) {
         let options = problem.options
-        let sequences = AttentionArguments.sequences(problem)
-        let lengths = sequences.map { Int($0.length) }
+        var lengths: [Int]?
+        let sequences: DeviceAddress
+        if isDeferred {
+            let pass = try SequencesPass(problem, memory, &library)
+            sequences = pass.sequences
+            sequencesPass = pass
+        } else {
+            let values = AttentionArguments.sequences(problem)
+            lengths = values.map { Int($0.length) }
+            sequences = try memory.copy(values)
+            sequencesPass = nil
+        }
+        bindings[1] = sequences
         flags = try DeviceFlags(4, memory)
-        bindings[1] = try memory.copy(sequences)
         bindings[27] = flags.address(AttentionArguments.care)
         let query = try AttentionArguments.bind(
-            problem.query, options.quantizeQuery, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
+            problem.query, options.quantizeQuery, nil, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
             &bindings, &passes)
         let key = try AttentionArguments.bind(
-            problem.key, options.quantizeKey, lengths, flags.address(AttentionArguments.key), to: (3, 12, 13, 14), memory, &library,
-            &bindings, &passes)
+            problem.key, options.quantizeKey, lengths, sequences, flags.address(AttentionArguments.key), to: (3, 12, 13, 14), memory,
+            &library, &bindings, &passes)
         let value = try AttentionArguments.bind(
-            problem.value, options.quantizeValue, lengths, flags.address(AttentionArguments.value), to: (4, 15, 16, nil), memory, &library,
-            &bindings, &passes)
+            problem.value, options.quantizeValue, lengths, sequences, flags.address(AttentionArguments.value), to: (4, 15, 16, nil), memory,
+            &library, &bindings, &passes)
         var maskStrides = Strides(repeating: 0)
         if let mask = problem.options.mask { (bindings[7], maskStrides) = try memory.share(mask) }
         let statistics = problem.numHeads * MemoryLayout<Float>.size
@@ -121,12 +135,12 @@ struct AttentionArguments {
             keptScale: dropout < 1 ? Float(1 / (1 - dropout)) : 0, dropThreshold: UInt32(truncatingIfNeeded: threshold),
             dropsAll: threshold >> 32 == 0 ? 0 : 1, seedLow: UInt32(truncatingIfNeeded: problem.options.seed),
             seedHigh: UInt32(truncatingIfNeeded: problem.options.seed >> 32), dropoutOffset: problem.options.dropoutOffset,
-            heedsRefusal: passes.isEmpty ? 0 : 1)
+            heedsRefusal: passes.isEmpty || isDeferred ? 0 : 1)
     }
 
     /// Binds an operand, or the codes that a scheme makes of it.
     private static func bind(
-        _ operand: Tensor, _ scheme: QuantizationScheme?, _ lengths: [Int]?, _ refused: DeviceAddress,
+        _ operand: Tensor, _ scheme: QuantizationScheme?, _ lengths: [Int]?, _ sequences: DeviceAddress?, _ refused: DeviceAddress,
         to indices: (data: Int, scales: Int, zeroPoints: Int, means: Int?), _ memory: DeviceMemory, _ library: inout KernelLibrary,
         _ bindings: inout Bindings, _ passes: inout [QuantizePass]
     ) throws(MFAError) -> TensorView {
@@ -140,14 +154,15 @@ struct AttentionArguments {
             let (source, strides) = try memory.share(operand, lengths: lengths)
             passes.append(
                 try QuantizePass(
-                    operand, at: source, strides: strides, into: codes, lengths: lengths, refused: refused, checksFirst: false, memory,
+                    operand, at: source, strides: strides, into: codes, sequences: sequences, refused: refused, checksFirst: false, memory,
                     &library))
         }
         return codes.view
     }
 
-    /// Has the device quantise what is to be quantised.
+    /// Has the device do what comes before attention.
     func encodePasses(_ encoder: any MTLComputeCommandEncoder) {
+        sequencesPass?.encode(encoder)
         for pass in passes { pass.encode(encoder) }
     }
 

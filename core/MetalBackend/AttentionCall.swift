@@ -10,15 +10,18 @@ struct AttentionCall: DeviceCall {
     private let arguments: AttentionArguments
     private let results: DeviceResults
 
-    /// Takes all memory that the call needs, and reads the operands that have to be copied.
+    /// Takes all memory that the call needs, and reads the operands that have to be copied. If the call is deferred none have, by
+    /// `checkLocations`, and nothing is read.
     init(
-        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ memory: DeviceMemory, _ library: inout KernelLibrary
+        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ memory: DeviceMemory, _ library: inout KernelLibrary,
+        isDeferred: Bool = false
     ) throws(MFAError) {
         guard let output = problem.output else { throw .argument("`output` must not be NULL") }
         self.problem = problem
         self.kernel = kernel
-        pipeline = try library.pipeline("\(kernel.name)", of: .attentionForward, AttentionKernelOptions(problem).constants)
-        var arguments = try AttentionArguments(problem, memory, &library)
+        pipeline = try library.pipeline(
+            "\(kernel.name)", of: .attentionForward, AttentionKernelOptions(problem, isDeferred: isDeferred).constants)
+        var arguments = try AttentionArguments(problem, memory, &library, isDeferred: isDeferred)
         var results = DeviceResults()
         (arguments.bindings[5], arguments.parameters.output) = try results.add(output, memory)
         if let logsumexp = problem.logsumexp {

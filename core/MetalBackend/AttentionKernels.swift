@@ -28,8 +28,10 @@ struct AttentionKernelOptions: Hashable {
     var hasSlopes: Bool
     var hasSinks: Bool
     var hasDropout: Bool
+    /// Whether it runs when the call is long over: nobody has looked at the operands.
+    var isDeferred: Bool
 
-    init(_ problem: AttentionProblem) {
+    init(_ problem: AttentionProblem, isDeferred: Bool = false) {
         let options = problem.options
         queryType = (options.quantizeQuery?.precision ?? problem.query.precision).rawValue
         keyType = (options.quantizeKey?.precision ?? problem.key.precision).rawValue
@@ -44,6 +46,7 @@ struct AttentionKernelOptions: Hashable {
         hasSlopes = options.alibiSlopes != nil
         hasSinks = options.sinks != nil
         hasDropout = options.dropoutP > 0
+        self.isDeferred = isDeferred
     }
 
     /// Whether an operand is quantised.
@@ -65,6 +68,7 @@ struct AttentionKernelOptions: Hashable {
         constants.set(hasSlopes, 10)
         constants.set(hasSinks, 11)
         constants.set(hasDropout, 12)
+        constants.set(isDeferred, 30)
         return constants
     }
 }
@@ -89,14 +93,17 @@ enum AttentionKernels {
     /// Whether kernels can count a tensor's sequences, heads and tokens.
     static func fits(_ shape: Shape) -> Bool { max(shape[0], shape[2]) < longest && shape[1] < 1 << 20 }
 
-    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels: for FP64, and for scales beyond the range of
-    /// float.
+    /// The feature for which there are no kernels for a problem; nil if there are.
+    static func obstacle(_ problem: AttentionProblem) -> String? {
+        if problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || problem.options.mask?.precision == .fp64 { return "FP64" }
+        if !isFloat(problem.softmaxScale) || !isFloat(problem.options.softcap) { return "a softmax_scale or softcap beyond the range of float" }
+        if !fits(problem.query.shape) || !fits(problem.key.shape) { return "sizes of 2^30 and more" }
+        return nil
+    }
+
+    /// How wide the kernels' blocks of channels are for a problem, nil if there are no kernels.
     static func channels(_ problem: AttentionProblem) -> Int? {
-        let options = problem.options
-        let hasDouble =
-            problem.arithmetic == .fp64 || problem.output?.precision == .fp64 || options.mask?.precision == .fp64
-        if hasDouble || !isFloat(problem.softmaxScale) || !isFloat(options.softcap) { return nil }
-        if !fits(problem.query.shape) || !fits(problem.key.shape) { return nil }
+        if obstacle(problem) != nil { return nil }
         let widest = max(problem.headDim, problem.headDimV)
         return table.first { widest <= $0.channels }?.channels ?? table.last?.channels
     }

@@ -1,5 +1,6 @@
 import MFACore
 import Metal
+import Support
 
 /// A place in a buffer of the device.
 struct DeviceAddress {
@@ -7,17 +8,42 @@ struct DeviceAddress {
     let offset: Int
 }
 
-/// Finds the device's buffers behind addresses, and makes new ones.
-struct DeviceMemory {
-    private let device: any MTLDevice
-    private var known: [Known] = []
+/// The buffers that callers may use by their host addresses, of all contexts of this process.
+private final class KnownBuffers: @unchecked Sendable {
+    static let shared = KnownBuffers()
 
-    /// A buffer that a caller may use by its host address.
     private struct Known {
         weak var buffer: (any MTLBuffer)?
         let start: UInt
         let end: UInt
     }
+
+    private var known: [Known] = []
+
+    func insert(_ buffer: any MTLBuffer) {
+        support_registry_lock()
+        defer { support_registry_unlock() }
+        known.removeAll { $0.buffer == nil }
+        let start = UInt(bitPattern: buffer.contents())
+        known.append(Known(buffer: buffer, start: start, end: start + UInt(buffer.length)))
+    }
+
+    /// The buffer of a device that has these bytes.
+    func find(_ start: UInt, size: Int, of device: any MTLDevice) -> DeviceAddress? {
+        support_registry_lock()
+        defer { support_registry_unlock() }
+        for candidate in known where start >= candidate.start && start + UInt(size) <= candidate.end {
+            if let buffer = candidate.buffer, buffer.device === device {
+                return DeviceAddress(buffer: buffer, offset: Int(start - candidate.start))
+            }
+        }
+        return nil
+    }
+}
+
+/// Finds the device's buffers behind addresses, and makes new ones.
+struct DeviceMemory {
+    private let device: any MTLDevice
 
     /// Of the largest pages that a Mac has; a multiple of every other.
     private static let page = 16384
@@ -35,18 +61,14 @@ struct DeviceMemory {
     }
 
     /// Has `find` recognise addresses in a buffer, as long as that lives.
-    mutating func remember(_ buffer: any MTLBuffer) {
-        known.removeAll { $0.buffer == nil }
-        let start = UInt(bitPattern: buffer.contents())
-        known.append(Known(buffer: buffer, start: start, end: start + UInt(buffer.length)))
+    func remember(_ buffer: any MTLBuffer) {
+        KnownBuffers.shared.insert(buffer)
     }
 
     /// Where the device sees `size` bytes of the host's memory without a copy: in a buffer of its own, or where they fill whole pages.
     func find(_ memory: UnsafeMutableRawPointer, size: Int) -> DeviceAddress? {
         let start = UInt(bitPattern: memory)
-        for candidate in known where start >= candidate.start && start + UInt(size) <= candidate.end {
-            if let buffer = candidate.buffer { return DeviceAddress(buffer: buffer, offset: Int(start - candidate.start)) }
-        }
+        if let found = KnownBuffers.shared.find(start, size: size, of: device) { return found }
         guard size > 0, start % UInt(DeviceMemory.page) == 0, size % DeviceMemory.page == 0,
             let buffer = device.makeBuffer(bytesNoCopy: memory, length: size, options: .storageModeShared, deallocator: nil)
         else { return nil }
@@ -96,8 +118,49 @@ struct DeviceMemory {
         return (DeviceAddress(buffer: buffer, offset: 0), layout.strides)
     }
 
+    /// Refuses a problem with an array that the device does not see where it is.
+    func checkLocations(_ problem: AttentionProblem) throws(MFAError) {
+        let options = problem.options
+        for (name, tensor) in [("query", problem.query), ("key", problem.key), ("value", problem.value), ("output", problem.output)] {
+            try checkLocation(name, tensor)
+        }
+        try checkLocation("mask", options.mask)
+        let statistics = problem.numHeads * problem.statisticSize
+        try checkLocation("logsumexp", problem.logsumexp, size: problem.rowCount * problem.statisticSize)
+        try checkLocation("query_offsets", options.queryOffsets, size: options.numQueryOffsets * MemoryLayout<Int64>.size)
+        try checkLocation("kv_lengths", options.kvLengths, size: problem.batchSize * MemoryLayout<Int64>.size)
+        try checkLocation("alibi_slopes", options.alibiSlopes, size: statistics)
+        try checkLocation("sinks", options.sinks, size: statistics)
+    }
+
+    /// Of a tensor, its scales, zero points and means.
+    private func checkLocation(_ name: String, _ tensor: Tensor?) throws(MFAError) {
+        guard let tensor, tensor.hasElements else { return }
+        if locate(tensor) == nil { throw DeviceMemory.notInABuffer(name) }
+        guard let quantization = tensor.effectiveQuantization,
+            let layout = ScaleLayout(
+                quantization.granularity, shape: tensor.shape, blockSize: quantization.blockSize, groupSize: quantization.groupSize)
+        else { return }
+        try checkLocation("\(name).scales", quantization.scales, size: layout.count * MemoryLayout<Float>.size)
+        try checkLocation("\(name).zero_points", quantization.zeroPoints, size: layout.count * MemoryLayout<Int32>.size)
+        let means = tensor.shape[0] * tensor.shape[1] * tensor.shape[3]
+        try checkLocation("\(name).channel_means", quantization.channelMeans, size: means * MemoryLayout<Float>.size)
+    }
+
+    private func checkLocation(_ name: String, _ array: UnsafeRawPointer?, size: Int) throws(MFAError) {
+        guard let array, size > 0 else { return }
+        if find(UnsafeMutableRawPointer(mutating: array), size: size) == nil { throw DeviceMemory.notInABuffer(name) }
+    }
+
+    private static func notInABuffer(_ name: String) -> MFAError {
+        .argument("`\(name)` must lie in a buffer of the device, to be read or written when the command buffer runs")
+    }
+
     /// Where the device sees a tensor's own memory, if it does.
     func locate(_ tensor: Tensor) -> DeviceAddress? {
+        if let buffer = tensor.buffer?.deviceObject as? any MTLBuffer, buffer.device === device {
+            return DeviceAddress(buffer: buffer, offset: tensor.bufferOffset)
+        }
         guard let address = tensor.address else { return nil }
         let (shape, strides) = tensor.units
         var low = 0

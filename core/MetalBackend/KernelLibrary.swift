@@ -5,12 +5,14 @@ import Metal
 enum KernelSource {
     case attentionForward
     case attentionBackward
+    case attentionSequences
     case quantize
 
     var text: String {
         switch self {
         case .attentionForward: KernelSources.attentionForward
         case .attentionBackward: KernelSources.attentionBackward
+        case .attentionSequences: KernelSources.attentionSequences
         case .quantize: KernelSources.quantize
         }
     }
@@ -74,6 +76,8 @@ struct KernelLibrary {
     /// Masks, empty rows and NaN need comparisons as IEEE 754 has them; where a fast function is good enough, the kernels name it.
     private func makeLibrary(_ source: KernelSource) throws -> any MTLLibrary {
         let options = MTLCompileOptions()
+        // Brought bfloat. A compiler that does not have it says so.
+        options.languageVersion = .version3_1
         if #available(macOS 15, iOS 18, *) {
             options.mathMode = .safe
         } else {

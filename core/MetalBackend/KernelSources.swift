@@ -48,6 +48,12 @@ enum KernelSources {
             int has_means;
         };
 
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
         // An element as it lies in memory: a float, or a code.
         METAL_FUNC float load_plain(const device uchar* data, long index, int type)
         {
@@ -102,6 +108,7 @@ enum KernelSources {
         constant bool has_slopes [[function_constant(10)]];
         constant bool has_sinks [[function_constant(11)]];
         constant bool has_dropout [[function_constant(12)]];
+        constant bool is_deferred [[function_constant(30)]];  // nobody has checked the scales, and nobody will look for what needs care
 
         constant bool has_mask = mask_type >= 0;
         constant bool has_query_codes = query_type == INT8 || query_type == INT4;
@@ -140,12 +147,6 @@ enum KernelSources {
             uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
-        // Where the rows of a sequence stand among its keys, and how many of these there are.
-        struct Sequence {
-            long offset;
-            long length;
-        };
-
         // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
         constant constexpr int CARE = 0;
         constant constexpr int REFUSED_QUERY = 1;
@@ -169,7 +170,9 @@ enum KernelSources {
             const long code = load_code(data, row, view.strides[3], channel, type);
             const long scale = scale_of(view, batch, head, token, channel);
             const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-            const float real = scales[scale] * float(code - zero_point);
+            const float unit = scales[scale];
+            if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+            const float real = unit * float(code - zero_point);
             return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
         }
 
@@ -1044,6 +1047,12 @@ enum KernelSources {
             int has_means;
         };
 
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
         // An element as it lies in memory: a float, or a code.
         METAL_FUNC float load_plain(const device uchar* data, long index, int type)
         {
@@ -1098,6 +1107,7 @@ enum KernelSources {
         constant bool has_slopes [[function_constant(10)]];
         constant bool has_sinks [[function_constant(11)]];
         constant bool has_dropout [[function_constant(12)]];
+        constant bool is_deferred [[function_constant(30)]];  // nobody has checked the scales, and nobody will look for what needs care
 
         constant bool has_mask = mask_type >= 0;
         constant bool has_query_codes = query_type == INT8 || query_type == INT4;
@@ -1136,12 +1146,6 @@ enum KernelSources {
             uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
-        // Where the rows of a sequence stand among its keys, and how many of these there are.
-        struct Sequence {
-            long offset;
-            long length;
-        };
-
         // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
         constant constexpr int CARE = 0;
         constant constexpr int REFUSED_QUERY = 1;
@@ -1165,7 +1169,9 @@ enum KernelSources {
             const long code = load_code(data, row, view.strides[3], channel, type);
             const long scale = scale_of(view, batch, head, token, channel);
             const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-            const float real = scales[scale] * float(code - zero_point);
+            const float unit = scales[scale];
+            if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+            const float real = unit * float(code - zero_point);
             return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
         }
 
@@ -1442,8 +1448,12 @@ enum KernelSources {
                 }
             }
 
+            // A row with a score that is not finite is NaN as a whole, whichever lane saw it.
+            uint row_is_safe = is_safe ? 1 : 0;
+            row_is_safe &= simd_shuffle_xor(row_is_safe, 1);
+            row_is_safe &= simd_shuffle_xor(row_is_safe, 8);
             if (!has_row) { return; }
-            const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+            const float factor = row_is_safe == 0 ? NAN : total == 0.0f ? 0.0f : 1.0f / total;
             const long output_row = batch * p.output.strides[0] + head * p.output.strides[1] + row * p.output.strides[2];
             for (int block = 0; block < CHANNELS / 8; block++) {
                 for (int side = 0; side < 2; side++) {
@@ -1458,7 +1468,7 @@ enum KernelSources {
             }
             if (has_logsumexp && first_value_channel == 0 && matrix_column == 0) {
                 const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
-                logsumexp[place] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+                logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
             if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
         }
@@ -1466,6 +1476,51 @@ enum KernelSources {
         template [[host_name("attention_forward_metal_32")]] [[kernel]] decltype(attention_forward<32>) attention_forward<32>;
         template [[host_name("attention_forward_metal_64")]] [[kernel]] decltype(attention_forward<64>) attention_forward<64>;
         template [[host_name("attention_forward_metal_128")]] [[kernel]] decltype(attention_forward<128>) attention_forward<128>;
+
+        """#
+    static let attentionSequences = #"""
+        // attention_sequences_metal: where the rows of each sequence stand among its keys, and how many of these there are, from arrays that only the
+        // device reads. For calls that the host waits for it computes the same.
+        //
+        // Contract: lengths are clamped to 0 ... seq_len_kv, and offsets to less than 2^61 in magnitude, so that nobody reads beyond a buffer.
+
+        #include <metal_stdlib>
+        using namespace metal;
+
+        struct Parameters {
+            long seq_len_q;
+            long seq_len_kv;
+            int batch_size;
+            int has_lengths;
+            int num_query_offsets;
+            int is_lower_right;
+        };
+
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
+        constant constexpr long FARTHEST = (1L << 61) - 1;
+
+        kernel void attention_sequences_metal(
+            constant Parameters& p [[buffer(0)]],
+            const device long* lengths [[buffer(1)]],
+            const device long* offsets [[buffer(2)]],
+            device Sequence* sequences [[buffer(3)]],
+            uint batch [[thread_position_in_grid]])
+        {
+            if (int(batch) >= p.batch_size) { return; }
+            const long length = p.has_lengths ? clamp(lengths[batch], 0L, p.seq_len_kv) : p.seq_len_kv;
+            long offset = 0;
+            if (p.num_query_offsets > 0) {
+                offset = clamp(offsets[p.num_query_offsets > 1 ? batch : 0], -FARTHEST, FARTHEST);
+            } else if (p.is_lower_right) {
+                offset = length - p.seq_len_q;
+            }
+            sequences[batch].offset = offset;
+            sequences[batch].length = length;
+        }
 
         """#
     static let quantize = #"""
@@ -1506,6 +1561,12 @@ enum KernelSources {
             int scale_channels;
             int has_zero_points;
             int has_means;
+        };
+
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
         };
 
         // An element as it lies in memory: a float, or a code.
@@ -1706,7 +1767,7 @@ enum KernelSources {
 
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_means_metal(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             device float* means [[buffer(6)]],
             uint3 group [[threadgroup_position_in_grid]],
@@ -1717,7 +1778,7 @@ enum KernelSources {
             threadgroup float row[1024];
             const int batch = int(group.y);
             const int head = int(group.x);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             Double sums[SHARE];
             bool is_finite = true;
             for (int part = 0; part < SHARE; part++) { sums[part] = {0, 0, false}; }
@@ -1794,7 +1855,7 @@ enum KernelSources {
         template <int CHANNELS>
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_scan(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             const device float* means [[buffer(6), function_constant(is_smoothed)]],
             device atomic_uint* extremes [[buffer(7), function_constant(needs_extremes)]],
@@ -1807,7 +1868,7 @@ enum KernelSources {
             threadgroup float* row = rows + simdgroup * CHANNELS;
             const int batch = int(group.z);
             const int head = int(group.y);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             const bool has_scales_of_channels = p.output.scale_strides[3] != 0;
             bool is_finite = true;
             for (int step = 0; step < TOKENS; step++) {
@@ -1860,7 +1921,7 @@ enum KernelSources {
         template <int CHANNELS>
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_write(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             device uchar* output [[buffer(3)]],
             device float* scales [[buffer(4)]],
@@ -1877,7 +1938,7 @@ enum KernelSources {
             if (p.heeds_refusal && atomic_load_explicit(refused, memory_order_relaxed) != 0) { return; }
             const int batch = int(group.z);
             const int head = int(group.y);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             for (int step = 0; step < TOKENS; step++) {
                 const int token = (int(group.x) * TOKENS + step) * SIMDGROUPS + simdgroup;
                 if (token >= p.seq_len) { break; }

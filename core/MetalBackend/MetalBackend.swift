@@ -4,7 +4,7 @@
 
 import CPUBackend
 public import MFACore
-import Metal
+public import Metal
 import Support
 
 /// Computes forward attention on a GPU, all else on the CPU.
@@ -16,25 +16,30 @@ public final class MetalBackend: Backend {
     private let gpu: any MTLDevice
     private let queue: any MTLCommandQueue
     private let generation = support_generation()
+    private let objects: MetalObjects
     private var kernels: KernelLibrary
-    private var memory: DeviceMemory
+    private let memory: DeviceMemory
     private var pending: PendingCall?
+    public private(set) var deviceSeconds = 0.0
 
-    /// Whether there is a device.
-    public static var isAvailable: Bool { MTLCreateSystemDefaultDevice() != nil }
+    /// Whether there is a device that has what all kernels need.
+    public static var isAvailable: Bool { MTLCreateSystemDefaultDevice()?.supportsFamily(.apple7) ?? false }
 
     /// `device` is what the one that the system has is called here. `threads` and `allocator` are for what the CPU computes.
-    public init(_ device: Device, named name: StaticString, threads: Int, allocator: Allocator) throws(MFAError) {
+    public init(
+        _ device: Device, named name: StaticString, threads: Int, allocator: Allocator, objects: MetalObjects
+    ) throws(MFAError) {
         guard let gpu = MTLCreateSystemDefaultDevice(), let queue = gpu.makeCommandQueue() else {
             throw MFAError(.deviceUnavailable, "there is no device \"\(name)\" here")
         }
         guard gpu.supportsFamily(.apple7) else {
-            throw MFAError(.deviceUnavailable, "the device \"\(name)\" has no matrices of simdgroups: an M1 or later has them")
+            throw .unsupported("simdgroup matrices (the family Apple7: an M1 or later) are not a feature of this GPU, \"\(gpu.name)\"")
         }
         cpu = try CPUBackend(threads: threads, allocator: allocator)
         self.device = device
         self.gpu = gpu
         self.queue = queue
+        self.objects = objects
         kernels = KernelLibrary(gpu)
         memory = DeviceMemory(gpu)
         info = BackendInfo(
@@ -70,13 +75,30 @@ public final class MetalBackend: Backend {
         try cpu.wrap(memory, size: size)
     }
 
+    public func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
+        try checkProcess()
+        guard let buffer = objects.buffer(deviceBuffer) else { throw .argument("`metal_buffer` is released, or is not a buffer of Metal") }
+        if buffer.device !== gpu { throw .argument("`metal_buffer` belongs to another device, \"\(buffer.device.name)\"") }
+        if buffer.storageMode != .shared {
+            throw .unsupported("buffers of Metal whose memory the host does not share (storage modes other than `shared`) are not served")
+        }
+        memory.remember(buffer)
+        return Buffer(contents: buffer.contents(), size: buffer.length, deviceObject: buffer)
+    }
+
     // MARK: Attention
 
     public func forward(_ problem: AttentionProblem) throws(MFAError) {
-        try checkProcess()
+        try begin()
         guard let kernel = AttentionKernels.choose(problem) else { return try cpu.forward(problem) }
         if problem.isEmpty { return }
         try run(try AttentionCall(problem, kernel, memory, &kernels))
+    }
+
+    /// A call that computes begins.
+    private func begin() throws(MFAError) {
+        try checkProcess()
+        deviceSeconds = 0
     }
 
     /// Has the device start a call; `finish` waits for it.
@@ -94,6 +116,7 @@ public final class MetalBackend: Backend {
         guard let pending else { return }
         self.pending = nil
         pending.commandBuffer.waitUntilCompleted()
+        deviceSeconds = pending.commandBuffer.gpuEndTime - pending.commandBuffer.gpuStartTime
         if let error = pending.commandBuffer.error {
             throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
         }
@@ -101,7 +124,7 @@ public final class MetalBackend: Backend {
     }
 
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
-        try checkProcess()
+        try begin()
         guard BackwardCall.serves(problem), !problem.attention.isEmpty else { return try cpu.backward(problem) }
         try run(try BackwardCall(problem, memory, &kernels))
     }
@@ -120,22 +143,61 @@ public final class MetalBackend: Backend {
         return UnsafeRawPointer(name.utf8Start).assumingMemoryBound(to: CChar.self)
     }
 
+    // MARK: Command buffers of the caller's
+
+    public func fault(ofCommandBuffer pointer: UnsafeMutableRawPointer) -> String? {
+        guard let commandBuffer = objects.commandBuffer(pointer) else {
+            return "`command_buffer` is released, or is not a command buffer of Metal"
+        }
+        if commandBuffer.device !== gpu { return "`command_buffer` belongs to another device, \"\(commandBuffer.device.name)\"" }
+        switch commandBuffer.status {
+        case .notEnqueued, .enqueued: return nil
+        default: return "`command_buffer` was committed before"
+        }
+    }
+
+    public func encode(forward problem: AttentionProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
+        try checkProcess()
+        try memory.checkLocations(problem)
+        guard let kernel = AttentionKernels.choose(problem) else {
+            throw .unsupported("\(AttentionKernels.obstacle(problem) ?? "this"): left to the CPU, which cannot be encoded")
+        }
+        if problem.isEmpty { return }
+        try encode(try AttentionCall(problem, kernel, memory, &kernels, isDeferred: true), into: pointer)
+    }
+
+    public func encode(backward problem: BackwardProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
+        try checkProcess()
+        throw .unsupported("gradients are not encoded in this version")
+    }
+
+    /// Records a call, and holds it until it has run.
+    private func encode(_ call: any DeviceCall, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
+        guard let commandBuffer = objects.commandBuffer(pointer), let encoder = commandBuffer.makeComputeCommandEncoder() else {
+            throw MFAError(.allocationFailed, "an encoder could not be had: end the one that `command_buffer` has first")
+        }
+        call.encode(encoder)
+        encoder.endEncoding()
+        let held = HeldCall(call: call)
+        commandBuffer.addCompletedHandler { _ in withExtendedLifetime(held) {} }
+    }
+
     // MARK: What the CPU computes
 
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
-        try checkProcess()
+        try begin()
         guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.quantize(problem) }
         try run(try QuantizeCall(quantizing: problem, memory, &kernels))
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
-        try checkProcess()
+        try begin()
         guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.dequantize(problem) }
         try run(try QuantizeCall(dequantizing: problem, memory, &kernels))
     }
 
     public func merge(_ problem: MergeProblem) throws(MFAError) {
-        try checkProcess()
+        try begin()
         try cpu.merge(problem)
     }
 }
@@ -153,4 +215,27 @@ protocol DeviceCall {
 private struct PendingCall {
     let commandBuffer: any MTLCommandBuffer
     let call: any DeviceCall
+}
+
+/// Keeps a call's memory alive; nobody looks at it again.
+private final class HeldCall: @unchecked Sendable {
+    private let call: any DeviceCall
+
+    init(call: any DeviceCall) {
+        self.call = call
+    }
+}
+
+/// The objects of the framework behind the pointers that callers pass: nil if a pointer is to none, as far as that can be told.
+public struct MetalObjects: Sendable {
+    let buffer: @Sendable (UnsafeMutableRawPointer) -> (any MTLBuffer)?
+    let commandBuffer: @Sendable (UnsafeMutableRawPointer) -> (any MTLCommandBuffer)?
+
+    public init(
+        buffer: @escaping @Sendable (UnsafeMutableRawPointer) -> (any MTLBuffer)?,
+        commandBuffer: @escaping @Sendable (UnsafeMutableRawPointer) -> (any MTLCommandBuffer)?
+    ) {
+        self.buffer = buffer
+        self.commandBuffer = commandBuffer
+    }
 }

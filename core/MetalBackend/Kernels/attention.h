@@ -15,6 +15,7 @@ constant bool has_softcap [[function_constant(9)]];
 constant bool has_slopes [[function_constant(10)]];
 constant bool has_sinks [[function_constant(11)]];
 constant bool has_dropout [[function_constant(12)]];
+constant bool is_deferred [[function_constant(30)]];  // nobody has checked the scales, and nobody will look for what needs care
 
 constant bool has_mask = mask_type >= 0;
 constant bool has_query_codes = query_type == INT8 || query_type == INT4;
@@ -53,12 +54,6 @@ struct Parameters {
     uint heeds_refusal;  // write nothing if an operand could not be quantised
 };
 
-// Where the rows of a sequence stand among its keys, and how many of these there are.
-struct Sequence {
-    long offset;
-    long length;
-};
-
 // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
 constant constexpr int CARE = 0;
 constant constexpr int REFUSED_QUERY = 1;
@@ -82,7 +77,9 @@ METAL_FUNC float load_real(
     const long code = load_code(data, row, view.strides[3], channel, type);
     const long scale = scale_of(view, batch, head, token, channel);
     const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
-    const float real = scales[scale] * float(code - zero_point);
+    const float unit = scales[scale];
+    if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+    const float real = unit * float(code - zero_point);
     return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
 }
 

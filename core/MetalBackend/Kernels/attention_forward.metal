@@ -232,8 +232,12 @@ template <int CHANNELS>
         }
     }
 
+    // A row with a score that is not finite is NaN as a whole, whichever lane saw it.
+    uint row_is_safe = is_safe ? 1 : 0;
+    row_is_safe &= simd_shuffle_xor(row_is_safe, 1);
+    row_is_safe &= simd_shuffle_xor(row_is_safe, 8);
     if (!has_row) { return; }
-    const float factor = total == 0.0f ? 0.0f : 1.0f / total;
+    const float factor = row_is_safe == 0 ? NAN : total == 0.0f ? 0.0f : 1.0f / total;
     const long output_row = batch * p.output.strides[0] + head * p.output.strides[1] + row * p.output.strides[2];
     for (int block = 0; block < CHANNELS / 8; block++) {
         for (int side = 0; side < 2; side++) {
@@ -248,7 +252,7 @@ template <int CHANNELS>
     }
     if (has_logsumexp && first_value_channel == 0 && matrix_column == 0) {
         const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
-        logsumexp[place] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+        logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
     }
     if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
 }

@@ -74,7 +74,7 @@ extern "C" void softmetal_switch(void** save, void* load);
 
 namespace softmetal {
 
-thread_local Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+__thread Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
 
 namespace {
 
@@ -208,20 +208,13 @@ std::string position(Threadgroup* group) {
 bool compute_queued(Simdgroup* simdgroup) {
     typedef float row8 __attribute__((ext_vector_type(8), aligned(4)));
     MatrixQueue* queue = simdgroup->matrices;
-    int ready = MatrixQueue::capacity, most = 0;
-    for (int lane = 0; lane < lanes; lane++) {
-        ready = std::min(ready, queue->queued[lane]);
-        most = std::max(most, queue->queued[lane]);
-    }
+    int ready = MatrixQueue::capacity;
+    for (int lane = 0; lane < lanes; lane++) ready = std::min(ready, queue->queued[lane]);
     if (ready <= queue->computed) return false;
     for (int first = queue->computed, last; first < ready; first = last) {
         // Products into one accumulator, as a loop over channels makes them, are summed before it is written.
         const MatrixQueue::Entry& entry = queue->entries[first];
         for (last = first + 1; last < ready && queue->entries[last].accumulators[0] == entry.accumulators[0];) last++;
-        for (int index = first; index < last; index++) {
-            const int* line = queue->entries[index].line;
-            if (std::any_of(line, line + lanes, [line](int other) { return other != line[0]; })) report_divergence(current->threadgroup);
-        }
         alignas(64) float elements[8][8];
         entry.gather(entry.accumulators, elements);
         row8 sum[8];
@@ -237,9 +230,9 @@ bool compute_queued(Simdgroup* simdgroup) {
         entry.scatter(entry.accumulators, elements);
     }
     queue->computed = ready;
-    if (most == ready) {
+    if (queue->most == ready) {
         memset(queue->queued, 0, sizeof(queue->queued));
-        queue->computed = 0;
+        queue->most = queue->computed = 0;
         queue->generation++;
     }
     simdgroup->runnable |= simdgroup->at_matrices;
@@ -344,7 +337,8 @@ Fiber* make_fiber(Threadgroup* group, unsigned index) {
     fiber->threadgroup = group;
     fiber->index = index;
     fiber->lane = static_cast<int>(index % lanes);
-    fiber->matrix_element = matrix_row(fiber->lane) * 8 + matrix_column(fiber->lane);
+    fiber->matrix_row = matrix_row(fiber->lane);
+    fiber->matrix_column = matrix_column(fiber->lane);
 #ifdef SOFTMETAL_THREAD_SANITIZER
     fiber->thread_sanitizer_fiber = __tsan_create_fiber(0);
 #endif
@@ -428,6 +422,12 @@ void refuse_partial_matrices(Place place) {
                     position(group));
 }
 
+void refuse_divergent_matrices(Place place) {
+    current->operation = Operation::simdgroup_matrix;
+    current->place = place;
+    report_divergence(current->threadgroup);
+}
+
 void* threadgroup_variable(const void* key, unsigned long size, unsigned long alignment) {
     Threadgroup* group = current->threadgroup;
     for (const Variable& variable : group->variables)
@@ -490,7 +490,7 @@ bool Threadgroup::run() {
         simdgroup->present = simdgroup->runnable = count == lanes ? ~0u : (1u << count) - 1;
         simdgroup->arrived = simdgroup->at_barrier = simdgroup->at_matrices = simdgroup->finished = 0;
         memset(simdgroup->matrices->queued, 0, sizeof(simdgroup->matrices->queued));
-        simdgroup->matrices->computed = 0;
+        simdgroup->matrices->most = simdgroup->matrices->computed = 0;
     }
     for (int index = 0; index < thread_count; index++) {
         Fiber* fiber = fibers[index];

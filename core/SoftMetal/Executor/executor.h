@@ -46,16 +46,17 @@ struct Slot {
 // Products of 8x8 matrices that wait to be computed, in the order of the calls. Every lane writes its elements of the operands when it calls;
 // one lane computes for all when somebody looks at a result. So lanes need not meet at each product.
 struct MatrixQueue {
-    static constexpr int capacity = 64;
+    static constexpr int capacity = 32; // fits a cache of the first level
     struct Entry {
         alignas(64) float left[64]; // by rows
         alignas(64) float right[64];
         void* accumulators[lanes];
-        int line[lanes];
+        int line; // of the call: the same for all lanes
         void (*gather)(void* const* accumulators, float (*elements)[8]);
         void (*scatter)(void* const* accumulators, float (*elements)[8]);
     };
     int queued[lanes];   // by each lane
+    int most;            // by any
     int computed;        // by all lanes together
     unsigned generation; // counts how often the queue was emptied
     Entry entries[capacity];
@@ -83,7 +84,8 @@ struct Fiber {
     Simdgroup* simdgroup;
     Threadgroup* threadgroup;
     int lane;
-    int matrix_element; // the first that the lane holds of a matrix by rows
+    int matrix_row; // of the elements that the lane holds of a matrix, and the column of the first
+    int matrix_column;
     int parity;         // of the operations that the lane has met in
     unsigned index;
     Operation operation;
@@ -95,7 +97,7 @@ struct Fiber {
 };
 
 // The fiber that runs on this thread of the host. Fibers never change threads.
-extern thread_local Fiber* current __attribute__((tls_model("initial-exec")));
+extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
 
 // Waits for all threads of the threadgroup.
 void meet_threadgroup(Place place);
@@ -105,6 +107,8 @@ void meet_simdgroup(Operation operation, Place place);
 void compute_matrices(Place place);
 // The caller's simdgroup is not complete: matrices need every lane.
 [[noreturn]] void refuse_partial_matrices(Place place);
+// The lanes of the caller's simdgroup multiply in different places.
+[[noreturn]] void refuse_divergent_matrices(Place place);
 // The threadgroup's variable of this key, made at its first use and filled with ones: NaN, so that what is read before it is written shows.
 void* threadgroup_variable(const void* key, unsigned long size, unsigned long alignment);
 

@@ -342,8 +342,7 @@ sm_buffer* sm_device_new_buffer(sm_device* device, uint64_t length) {
     void* memory = nullptr;
     if (length == 0 || fails("memory") || posix_memalign(&memory, static_cast<size_t>(sysconf(_SC_PAGESIZE)), length)) return nullptr;
     memset(memory, 0, length);
-    return enter(new sm_buffer(
-        device, memory, length, [](void*, void* memory, uint64_t) { free(memory); }, nullptr));
+    return enter(new sm_buffer(device, memory, length, [](void*, void* memory, uint64_t) { free(memory); }, nullptr));
 }
 
 sm_buffer* sm_device_new_buffer_no_copy(sm_device* device, void* memory, uint64_t length,
@@ -449,7 +448,8 @@ double sm_command_buffer_gpu_end_time(const sm_command_buffer* commands) {
 
 int32_t sm_kernel_specialize(const sm_kernel* kernel, const sm_constant* constants, uint32_t count, char* message, size_t message_size) {
     std::string wrong;
-    if (fails("compile")) wrong = "program_source:1:1: error: the kernel '" + std::string(kernel->name) + "' is refused: SOFTMETAL_FAULT asks for it";
+    if (fails("compile"))
+        wrong = "program_source:1:1: error: the kernel '" + std::string(kernel->name) + "' is refused: SOFTMETAL_FAULT asks for it";
     for (uint32_t index = 0; index < count && wrong.empty(); index++) {
         const uint32_t size = sm_kernel_constant_size(kernel, constants[index].index);
         if (size && size != constants[index].size)

@@ -41,13 +41,13 @@ static void load(void) {
         return;
     }
     is_loaded = true;
-#define LOAD(name)                                                         \
-    do {                                                                   \
-        *(void**)&functions.name = dlsym(library, "sm_" #name);            \
-        if (!functions.name) {                                             \
+#define LOAD(name)                                                          \
+    do {                                                                    \
+        *(void**)&functions.name = dlsym(library, "sm_" #name);             \
+        if (!functions.name) {                                              \
             snprintf(message, sizeof(message), "%s lacks sm_" #name, path); \
-            is_loaded = false;                                             \
-        }                                                                  \
+            is_loaded = false;                                              \
+        }                                                                   \
     } while (0)
     LOAD(library_find);
     LOAD(library_kernel_count);

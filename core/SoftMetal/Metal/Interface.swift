@@ -61,7 +61,13 @@ public enum MTLCommandBufferStatus: UInt, Sendable {
     case error = 5
 }
 
+public enum MTLLanguageVersion: UInt, Sendable {
+    case version3_1 = 196609
+    case version3_2 = 196610
+}
+
 public final class MTLCompileOptions {
+    public var languageVersion = MTLLanguageVersion.version3_2
     public var fastMathEnabled = true
     public var mathMode = MTLMathMode.fast
 

@@ -8,7 +8,7 @@ struct SoftwareError: Error, CustomStringConvertible {
 }
 
 /// The functions of libsoftmetal. Only what they made gets here, so they were loaded.
-private nonisolated(unsafe) let sm = softmetal_load().pointee
+private let sm = softmetal_load().pointee
 
 /// A reference to an object of libsoftmetal.
 private final class Reference: @unchecked Sendable {
@@ -89,7 +89,9 @@ final class SoftwareDevice: MTLDevice {
         let failed = function.constants.withDescriptions { constants, count in
             sm.kernel_specialize(function.kernel, constants, count, &message, message.count)
         }
-        if failed != 0 { throw SoftwareError(description: String(decoding: message.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self)) }
+        if failed != 0 {
+            throw SoftwareError(description: String(decoding: message.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self))
+        }
         return SoftwarePipeline(function)
     }
 }

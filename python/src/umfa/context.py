@@ -104,7 +104,7 @@ class MFAContext:
         dict
             ``device``, ``num_threads``, ``instruction_set`` (that the CPU kernels in use were compiled for), ``operand_precisions`` and
             ``fallback_precisions`` (bit n set: operands of precision code n are served; are left to the CPU), ``workspace_bytes`` (held
-            now).
+            now), ``gpu_seconds`` (that the GPU was at work for the last call, 0 if it was not).
 
         Raises
         ------
@@ -121,6 +121,7 @@ class MFAContext:
             "operand_precisions": found.operand_precisions,
             "fallback_precisions": found.fallback_precisions,
             "workspace_bytes": found.workspace_bytes,
+            "gpu_seconds": found.gpu_seconds,
         }
 
     def call(self, function: str, c_function: Any, *arguments: Any) -> None:

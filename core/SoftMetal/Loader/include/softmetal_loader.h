@@ -29,7 +29,8 @@ typedef struct softmetal_functions {
     int32_t (*device_supports_family)(const sm_device* device, int32_t family);
     sm_command_queue* (*device_new_command_queue)(sm_device* device);
     sm_buffer* (*device_new_buffer)(sm_device* device, uint64_t length);
-    sm_buffer* (*device_new_buffer_no_copy)(sm_device* device, void* memory, uint64_t length, void (*deallocate)(void* state, void* memory, uint64_t length), void* state);
+    sm_buffer* (*device_new_buffer_no_copy)(sm_device* device, void* memory, uint64_t length,
+                                            void (*deallocate)(void* state, void* memory, uint64_t length), void* state);
     void* _Nonnull (*buffer_contents)(const sm_buffer* buffer);
     uint64_t (*buffer_length)(const sm_buffer* buffer);
     sm_device* _Nonnull (*buffer_device)(const sm_buffer* buffer);
@@ -37,7 +38,8 @@ typedef struct softmetal_functions {
     sm_command_buffer* (*command_queue_new_command_buffer)(sm_command_queue* queue, int32_t retains_references);
     sm_device* _Nonnull (*command_buffer_device)(const sm_command_buffer* commands);
     int32_t (*command_buffer_dispatch)(sm_command_buffer* commands, const sm_dispatch* dispatch);
-    int32_t (*command_buffer_add_completed_handler)(sm_command_buffer* commands, void (*handler)(void* state, sm_command_buffer* commands), void* state);
+    int32_t (*command_buffer_add_completed_handler)(sm_command_buffer* commands, void (*handler)(void* state, sm_command_buffer* commands),
+                                                    void* state);
     int32_t (*command_buffer_commit)(sm_command_buffer* commands);
     void (*command_buffer_wait_until_completed)(sm_command_buffer* commands);
     int32_t (*command_buffer_status)(const sm_command_buffer* commands);

@@ -1,0 +1,667 @@
+"""What a Metal context does with objects of the framework: buffers, command buffers, other devices, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+import build_softmetal
+import native
+import reference
+import software_device
+import umfa
+from cases import CODES, OPTIONS, Problem, Sizes, problem, problem_with
+from metal_translator import source_hash
+from native import (
+    ALLOCATION_FAILED,
+    EXECUTION_FAILED,
+    INVALID_ARGUMENT,
+    INVALID_DIMENSIONS,
+    NULL,
+    SUCCESS,
+    UNSUPPORTED,
+    Descriptor,
+    lib,
+    message,
+)
+
+if not umfa.info()["devices"]["softmetal"]:
+    pytest.skip("libsoftmetal is not built", allow_module_level=True)
+
+sm_ffi = software_device.ffi
+sm = software_device.open_interface()
+SMALL = Sizes(batch=2, heads=2, kv_heads=1, rows=9, columns=40, channels=16, value_channels=24)
+
+
+def handle_of(pointer: Any) -> Any:
+    """An object of libsoftmetal as libmfa takes it."""
+    return native.ffi.cast("void *", int(sm_ffi.cast("uintptr_t", pointer)))
+
+
+class DeviceArrays:
+    """Arrays in buffers of a device, made through the device's own interface and wrapped for libmfa."""
+
+    def __init__(self, context: Any, device: Any = None):
+        self.context = context
+        self.device = device or sm.sm_device_default()
+        self.wrapped: list[Any] = []
+
+    def buffer(self, size: int) -> Any:
+        """A buffer of Metal's."""
+        made = sm.sm_device_new_buffer(self.device, size)
+        assert made
+        return made
+
+    def wrap(self, buffer: Any) -> Any:
+        """A buffer of libmfa's around one of Metal's, which is given up."""
+        found = native.ffi.new("mfa_buffer_t **")
+        assert lib.mfa_create_buffer_from_metal(self.context, handle_of(buffer), found) == SUCCESS, message(self.context)
+        sm.sm_release(buffer)
+        self.wrapped.append(found[0])
+        return found[0]
+
+    def put(self, array: np.ndarray | None, dtype: Any = None) -> np.ndarray | None:
+        """The same array, in the strides that it has, in memory of the device."""
+        if array is None:
+            return None
+        array = np.asarray(array) if dtype is None else np.asarray(array, dtype)
+        low, high = np.lib.array_utils.byte_bounds(array) if array.size else (0, 1)
+        buffer = self.wrap(self.buffer(high - low))
+        memory = (ctypes.c_char * (high - low)).from_address(int(native.ffi.cast("uintptr_t", lib.mfa_buffer_contents(buffer))))
+        offset = array.__array_interface__["data"][0] - low if array.size else 0
+        placed = np.ndarray(array.shape, array.dtype, memory, offset, array.strides)
+        if 0 in array.strides:
+            np.ndarray(high - low, np.uint8, memory)[:] = np.frombuffer((ctypes.c_char * (high - low)).from_address(low), np.uint8)
+        else:
+            placed[...] = array
+        return placed
+
+    def release(self) -> None:
+        for buffer in self.wrapped:
+            assert lib.mfa_destroy_buffer(buffer) == SUCCESS
+
+
+@pytest.fixture(scope="module")
+def umfa_context():
+    with umfa.MFAContext(device="softmetal", num_threads=1) as made:
+        yield made
+
+
+@pytest.fixture
+def context(umfa_context):
+    """The handle of a context on the software device."""
+    return umfa_context._handle
+
+
+@pytest.fixture
+def arrays(context):
+    made = DeviceArrays(context)
+    yield made
+    made.release()
+
+
+@pytest.fixture
+def queue():
+    made = sm.sm_device_new_command_queue(sm.sm_device_default())
+    yield made
+    sm.sm_release(made)
+
+
+@pytest.fixture(params=[1, 0], ids=["retained", "unretained"])
+def commands(queue, request):
+    """A command buffer of the caller's."""
+    made = sm.sm_command_queue_new_command_buffer(queue, request.param)
+    yield made
+    sm.sm_release(made)
+
+
+class Call:
+    """A problem as descriptors, with every array in memory of the device, and its results."""
+
+    def __init__(self, made: Problem, arrays: DeviceArrays):
+        put, words = arrays.put, dict(made.keywords)
+        sizes = made.sizes
+        self.operands = []
+        tensors = []
+        for operand, shape in zip(made.arguments, (sizes.query, sizes.key, sizes.value)):
+            quantization: Any = NULL
+            data = operand
+            if isinstance(operand, umfa.QuantizedTensor):
+                data = operand.data
+                granularity = ("tensor", "head", "token", "block", "channel", "group").index(operand.granularity)
+                parts = {"scales": put(operand.scales), "zero_points": put(operand.zero_points), "granularity": granularity}
+                parts["channel_means"] = put(operand.channel_means)
+                self.operands.append(parts)
+                quantization = Descriptor("mfa_quantization_t", **{name: part for name, part in parts.items() if part is not None})
+            placed = put(data)
+            self.operands.append(placed)
+            precision = native.INT4 if data.dtype == np.uint8 else None
+            tensors.append(native.tensor(placed, precision, shape, quantization=quantization))
+        self.output = put(np.full(sizes.output, 7, np.float32))
+        self.logsumexp = put(np.full(sizes.statistics, 7, np.float32))
+        causal = words.get("causal", False)
+        fields: dict[str, Any] = {"logsumexp": self.logsumexp, "causal": int(causal is not False)}
+        fields["softmax_scale"] = words.get("scale", 1 / np.sqrt(sizes.channels))
+        fields["alignment"] = int(causal == "lower_right")
+        if "window" in words:
+            fields["window_left"], fields["window_right"] = words["window"]
+        if "query_offset" in words:
+            fields["query_offsets"] = put(np.atleast_1d(words["query_offset"]), np.int64)
+            fields["num_query_offsets"] = fields["query_offsets"].size
+        if "kv_lengths" in words:
+            self.lengths = fields["kv_lengths"] = put(words["kv_lengths"], np.int64)
+        for name in ("alibi_slopes", "sinks"):
+            if name in words:
+                fields[name] = put(words[name])
+        if "mask" in words:
+            mask = put(words["mask"])
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+            fields["mask"] = native.tensor(mask)
+        for name in ("softcap", "dropout_p", "seed", "dropout_offset"):
+            if name in words:
+                fields[name] = words[name]
+        self.descriptor = native.attention(*tensors, native.tensor(self.output), **fields)
+
+    @property
+    def pointer(self) -> Any:
+        return self.descriptor.pointer
+
+    def untouched(self) -> bool:
+        return bool((self.output == 7).all() and (self.logsumexp == 7).all())
+
+
+def run(commands: Any) -> None:
+    """Commit and wait."""
+    assert sm.sm_command_buffer_commit(commands) == 0
+    sm.sm_command_buffer_wait_until_completed(commands)
+    error = sm.sm_command_buffer_error(commands)
+    assert not error, sm_ffi.string(error)
+
+
+def test_objects__are_counted_and_recognised():
+    buffer = sm.sm_device_new_buffer(sm.sm_device_default(), 100)
+    assert sm.sm_kind(buffer) == sm.SM_KIND_BUFFER
+    assert sm.sm_buffer_length(buffer) == 100
+    assert sm.sm_buffer_device(buffer) == sm.sm_device_default()
+    assert bytes(sm_ffi.buffer(sm.sm_buffer_contents(buffer), 100)) == bytes(100)
+    assert sm.sm_label(buffer) == sm_ffi.NULL
+    sm.sm_set_label(buffer, b"keys")
+    assert sm_ffi.string(sm.sm_label(buffer)) == b"keys"
+    assert sm.sm_retain(buffer) == buffer
+    sm.sm_release(buffer)
+    assert sm.sm_kind(buffer) == sm.SM_KIND_BUFFER
+    sm.sm_release(buffer)
+    assert sm.sm_kind(buffer) == sm.SM_KIND_NONE
+    assert sm.sm_retain(buffer) == sm_ffi.NULL
+    sm.sm_release(buffer)
+    assert sm.sm_kind(sm_ffi.NULL) == sm.SM_KIND_NONE
+
+
+def test_objects__begin_with_the_class_of_their_kind():
+    before, other = (sm.sm_device_new_buffer(sm.sm_device_default(), 8) for _ in range(2))
+    queue = sm.sm_device_new_command_queue(sm.sm_device_default())
+    marker = sm_ffi.cast("void *", 0x1234)
+    try:
+        sm.sm_set_class(sm.SM_KIND_BUFFER, marker)
+        after = sm.sm_device_new_buffer(sm.sm_device_default(), 8)
+        assert [sm_ffi.cast("void **", each)[0] for each in (before, other, after)] == [marker] * 3
+        assert sm_ffi.cast("void **", queue)[0] == sm_ffi.NULL
+    finally:
+        sm.sm_set_class(sm.SM_KIND_BUFFER, sm_ffi.NULL)
+    for each in (before, other, after, queue):
+        sm.sm_release(each)
+
+
+def test_buffers__around_memory__give_it_back_when_the_last_reference_goes():
+    page = os.sysconf("SC_PAGESIZE")
+    memory = (ctypes.c_char * (2 * page))()
+    start = ctypes.addressof(memory)
+    aligned = sm_ffi.cast("void *", start + -start % page)
+    given = []
+
+    @sm_ffi.callback("void(void *, void *, uint64_t)")
+    def give_back(state, address, length):
+        given.append((address, length))
+
+    device = sm.sm_device_default()
+    buffer = sm.sm_device_new_buffer_no_copy(device, aligned, page, give_back, sm_ffi.NULL)
+    sm.sm_retain(buffer)
+    sm.sm_release(buffer)
+    assert given == []
+    sm.sm_release(buffer)
+    assert given == [(aligned, page)]
+    assert not sm.sm_device_new_buffer_no_copy(device, aligned, page - 1, give_back, sm_ffi.NULL)
+    assert not sm.sm_device_new_buffer_no_copy(device, aligned + 4, page, give_back, sm_ffi.NULL)
+    assert not sm.sm_device_new_buffer(device, 0)
+
+
+def test_command_buffers__of_a_queue__complete_in_the_order_of_their_commits(queue):
+    seen, done = [], threading.Event()
+
+    @sm_ffi.callback("void(void *, sm_command_buffer *)")
+    def completed(state, commands):
+        seen.append((int(sm_ffi.cast("intptr_t", state)), sm.sm_command_buffer_status(commands)))
+        if len(seen) == 8:
+            done.set()
+
+    made = [sm.sm_command_queue_new_command_buffer(queue, 1) for _ in range(8)]
+    for number, commands in enumerate(made):
+        sm.sm_command_buffer_wait_until_completed(commands)  # does not wait for what was never committed
+        assert sm.sm_command_buffer_status(commands) == sm.SM_STATUS_NOT_ENQUEUED
+        assert sm.sm_command_buffer_gpu_end_time(commands) == 0
+        assert sm.sm_command_buffer_add_completed_handler(commands, completed, sm_ffi.cast("void *", number)) == 0
+    for commands in made:
+        assert sm.sm_command_buffer_commit(commands) == 0
+        assert sm.sm_command_buffer_commit(commands) == 1
+        assert sm.sm_command_buffer_add_completed_handler(commands, completed, sm_ffi.NULL) == 1
+    sm.sm_command_buffer_wait_until_completed(made[-1])
+    assert done.wait(10)
+    assert seen == [(number, sm.SM_STATUS_COMPLETED) for number in range(8)]
+    for commands in made:
+        assert 0 < sm.sm_command_buffer_gpu_start_time(commands) <= sm.sm_command_buffer_gpu_end_time(commands)
+        sm.sm_release(commands)
+
+
+def test_buffer_from_metal__is_its_memory_and_holds_it(context):
+    metal = sm.sm_device_new_buffer(sm.sm_device_default(), 100)
+    buffer = native.ffi.new("mfa_buffer_t **")
+    assert lib.mfa_create_buffer_from_metal(context, handle_of(metal), buffer) == SUCCESS
+    assert lib.mfa_buffer_size(buffer[0]) == 100
+    assert lib.mfa_buffer_contents(buffer[0]) == handle_of(sm.sm_buffer_contents(metal))
+    sm.sm_release(metal)
+    assert sm.sm_kind(metal) == sm.SM_KIND_BUFFER
+    assert lib.mfa_destroy_buffer(buffer[0]) == SUCCESS
+    assert sm.sm_kind(metal) == sm.SM_KIND_NONE
+
+
+def test_buffer_from_metal__another_device_s_released_or_none__returns_5(context):
+    buffer = native.ffi.new("mfa_buffer_t **")
+    device = sm.sm_device_create(b"another GPU", 1009)
+    foreign = sm.sm_device_new_buffer(device, 64)
+    released = sm.sm_device_new_buffer(sm.sm_device_default(), 64)
+    sm.sm_release(released)
+    memory = np.zeros(8)
+    for pointer, words in (
+        (handle_of(foreign), '`metal_buffer` belongs to another device, "another GPU"'),
+        (handle_of(released), "`metal_buffer` is released, or is not a buffer of Metal"),
+        (handle_of(device), "is not a buffer of Metal"),
+        (native.address(memory), "is not a buffer of Metal"),
+        (NULL, "`metal_buffer` must not be NULL"),
+    ):
+        assert lib.mfa_create_buffer_from_metal(context, pointer, buffer) == INVALID_ARGUMENT
+        assert words in message(context)
+        assert buffer[0] == NULL
+    sm.sm_release(foreign)
+    sm.sm_release(device)
+
+
+@pytest.mark.parametrize("through", ["buffer", "address"])
+def test_run_forward__views_into_a_buffer_of_metal__are_read_and_written_there(through, context, arrays, rng):
+    """Strided views of one buffer, a token of Q, K, V and the output after the other."""
+    heads, tokens, channels = 2, 33, 16
+    row = 4 * heads * channels
+    operands = [rng.normal(size=(1, heads, tokens, channels)).astype(np.float32) for _ in range(3)]
+    before = 64
+    buffer = arrays.wrap(arrays.buffer(before + 4 * tokens * row))
+    start = int(native.ffi.cast("uintptr_t", lib.mfa_buffer_contents(buffer)))
+    memory = np.frombuffer((ctypes.c_char * (before + 4 * tokens * row)).from_address(start), np.float32)
+    packed = memory[before // 4 :].reshape(1, tokens, 4, heads, channels)
+    tensors = []
+    for place in range(4):
+        view = packed[:, :, place].swapaxes(1, 2)
+        view[...] = operands[place] if place < 3 else 7
+        made = native.tensor(view)
+        if through == "buffer":
+            made.pointer.data = NULL
+            made.pointer.buffer = buffer
+            made.pointer.buffer_offset = before + place * heads * channels * 4
+        tensors.append(made)
+    given = native.attention(*tensors, softmax_scale=0.25)
+    assert lib.mfa_attention_run_forward(context, given.pointer) == SUCCESS, message(context)
+    expected = umfa.attention(*operands, scale=0.25)
+    assert packed[:, :, 3].swapaxes(1, 2).tobytes() == expected.tobytes() or np.allclose(
+        packed[:, :, 3].swapaxes(1, 2), expected, rtol=0, atol=1e-5
+    )
+    assert (memory[: before // 4] == 0).all()
+    for place, operand in enumerate(operands):
+        assert (packed[:, :, place].swapaxes(1, 2) == operand).all()
+
+    tensors[0].pointer.shape[2] = tensors[3].pointer.shape[2] = tokens + 1
+    if through == "buffer":
+        assert lib.mfa_attention_run_forward(context, given.pointer) == INVALID_DIMENSIONS
+        assert "must lie within its buffer" in message(context)
+
+
+def test_run_backward__on_buffers_of_metal__is_computed_on_their_contents(context, arrays, umfa_context, rng):
+    made = problem(rng, SMALL)
+    q, k, v = (arrays.put(argument) for argument in made.arguments)
+    out, lse = umfa.attention(q, k, v, return_lse=True, context=umfa_context)
+    grad_out = arrays.put(rng.normal(size=out.shape).astype(np.float32))
+    gradients = umfa.attention_backward(grad_out, q, k, v, out, lse, context=umfa_context)
+    expected = umfa.attention_backward(grad_out.copy(), *made.arguments, out.copy(), lse.copy())
+    for got, wanted in zip(gradients, expected):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 3, ("int8", "int4", "float16")], ids=["float32", "mixed"])
+@pytest.mark.parametrize("option", [name for name in OPTIONS if not name.endswith("float64")])
+def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, context, arrays, queue):
+    made = problem_with(option, seed=3, sizes=SMALL, dtypes=dtypes)
+    expected, call = Call(made, arrays), Call(made, arrays)
+    assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS, message(context)
+    commands = sm.sm_command_queue_new_command_buffer(queue, 0)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS, message(context)
+    assert sm.sm_command_buffer_status(commands) == sm.SM_STATUS_NOT_ENQUEUED
+    assert call.untouched()
+    run(commands)
+    sm.sm_release(commands)
+    assert call.output.tobytes() == expected.output.tobytes()
+    assert call.logsumexp.tobytes() == expected.logsumexp.tobytes()
+
+
+def test_encode_forward__reads_its_operands_when_the_command_buffer_runs(context, arrays, commands):
+    made, other = (problem_with("all", seed=seed, sizes=SMALL) for seed in (1, 2))
+    call, expected = Call(made, arrays), Call(other, arrays)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    for array, wanted in zip(call.operands, expected.operands):
+        array[...] = wanted
+    again = Call(made, arrays)
+    for array, wanted in zip(again.operands, expected.operands):
+        array[...] = wanted
+    assert lib.mfa_attention_run_forward(context, again.pointer) == SUCCESS
+    run(commands)
+    assert call.output.tobytes() == again.output.tobytes()
+
+
+def test_encode_forward__several_calls__run_in_their_order(context, arrays, commands):
+    """The second reads what the first writes."""
+    sizes = Sizes(batch=1, heads=2, kv_heads=2, rows=40, columns=40, channels=16, value_channels=16)
+    made = problem(np.random.default_rng(0), sizes)
+    first, second = Call(made, arrays), Call(made, arrays)
+    for descriptor in (second.pointer.query, second.pointer.key):
+        descriptor.data = native.address(first.output)
+    for call in (first, second):
+        assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    q, k, v = made.arguments
+    middle = umfa.attention(q, k, v)
+    np.testing.assert_allclose(second.output, umfa.attention(middle, middle, v), rtol=0, atol=1e-5)
+
+
+def test_encode_forward__holds_what_it_needs_until_the_command_buffer_has_run(context, commands):
+    """Buffers that the caller destroys before, and temporary memory, which nobody else holds."""
+    made = problem_with("causal_lengths_lower_right", sizes=SMALL)
+    arrays = DeviceArrays(context)
+    call = Call(made, arrays)
+    metal = arrays.buffer(call.output.nbytes)
+    found = sm_ffi.buffer(sm.sm_buffer_contents(metal), call.output.nbytes)
+    sm.sm_retain(metal)
+    call.pointer.output.data = lib.mfa_buffer_contents(arrays.wrap(metal))
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    arrays.release()
+    run(commands)
+    output = np.frombuffer(found, np.float32).reshape(call.output.shape)
+    np.testing.assert_allclose(output, made.run()[0], rtol=0, atol=1e-5)
+    sm.sm_release(metal)
+    assert sm.sm_kind(metal) == sm.SM_KIND_NONE
+
+
+def test_dispatch__a_buffer_that_nobody_holds__ends_in_an_error_that_says_so(queue):
+    source = build_softmetal.kernel_sources()["attention_sequences.metal"]
+    kernel = sm.sm_library_kernel(sm.sm_library_find(source_hash(source)), 0)
+    parameters = np.array([1, 1, 1 << 32 | 1, 0], np.int64)  # one sequence with a length
+    for retains, status in ((1, sm.SM_STATUS_COMPLETED), (0, sm.SM_STATUS_ERROR)):
+        commands = sm.sm_command_queue_new_command_buffer(queue, retains)
+        arguments = sm_ffi.new("sm_argument[]", sm.SM_BUFFER_SLOTS)
+        arguments[0].bytes, arguments[0].length = sm_ffi.from_buffer(parameters), parameters.nbytes
+        for index in (1, 2, 3):
+            arguments[index].buffer = sm.sm_device_new_buffer(sm.sm_device_default(), 64)
+        lengths = sm_ffi.new("uint32_t[]", sm.SM_BUFFER_SLOTS)
+        dispatch = sm_ffi.new("sm_dispatch *", {"kernel": kernel, "arguments": arguments, "threadgroup_lengths": lengths})
+        dispatch.grid = dispatch.threadgroup = (1, 1, 1)
+        assert sm.sm_command_buffer_dispatch(commands, dispatch) == 0
+        for index in (1, 2, 3):
+            sm.sm_release(arguments[index].buffer)
+        sm.sm_command_buffer_commit(commands)
+        sm.sm_command_buffer_wait_until_completed(commands)
+        assert sm.sm_command_buffer_status(commands) == status
+        assert sm.sm_command_buffer_dispatch(commands, dispatch) == 1
+        if not retains:
+            assert b"the buffer at index 1 was released before the work was done" in sm_ffi.string(sm.sm_command_buffer_error(commands))
+        sm.sm_release(commands)
+
+
+def test_encode_forward__lengths_out_of_range__are_clamped(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL, kv_lengths=[3, 4], causal="lower_right")
+    call = Call(made, arrays)
+    call.lengths[:] = [-(2**40), 2**62]
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    expected = made.with_keywords(kv_lengths=[0, SMALL.columns]).run()
+    np.testing.assert_allclose(call.output, expected[0], rtol=0, atol=1e-5)
+    assert np.isneginf(call.logsumexp[0]).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, np.inf, np.nan])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+@pytest.mark.parametrize("dtype", CODES)
+def test_encode_forward__bad_scales__make_the_rows_that_they_reach_nan(dtype, name, scale, context, arrays, commands):
+    sizes = Sizes(batch=2, heads=2, kv_heads=2, rows=8, columns=8, channels=16, value_channels=16)
+    rng = np.random.default_rng(0)
+    codes = [umfa.quantize(rng.normal(size=sizes.query).astype(np.float32), dtype, granularity="token") for _ in range(3)]
+    made = problem(rng, sizes, causal=True)
+    call, good = (
+        Call(Problem(sizes, *[type(made.query)(each, each.dequantize()) for each in codes], made.keywords), arrays) for _ in range(2)
+    )
+    scales = call.operands[2 * ("query", "key", "value").index(name)]["scales"]
+    scales[1, 0, 5] = scale
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS, message(context)
+    run(commands)
+    assert lib.mfa_attention_run_forward(context, good.pointer) == SUCCESS
+    reached = np.zeros(sizes.statistics, bool)
+    reached[1, 0, 5 : 6 if name == "query" else None] = True
+    assert (np.isnan(call.output).all(-1) == reached).all()
+    assert call.output[~reached].tobytes() == good.output[~reached].tobytes()
+    if name != "value":
+        assert (np.isnan(call.logsumexp) == reached).all()
+
+
+def test_encode_forward__scores_beyond_float__are_nan(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL, scale=1e30)
+    call = Call(made, arrays)
+    call.operands[0][0, 1, 4] = 1e20
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 4]]
+    assert np.isnan(call.output[0, 1, 4]).all()
+
+
+def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL)
+    call = Call(made, arrays)
+    for tensor in (call.pointer.key, call.pointer.value):
+        tensor.shape[2] = 0
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    assert (call.output == 0).all()
+    assert np.isneginf(call.logsumexp).all()
+
+
+def test_encode__what_the_kernels_cannot_serve__returns_6_with_the_reason(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL)
+    call = Call(made, arrays)
+    call.pointer.softmax_scale = 1e300
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == UNSUPPORTED
+    assert "softmax_scale" in message(context)
+    call = Call(made, arrays)
+    double = arrays.put(made.query.real)
+    call.pointer.query.precision, call.pointer.query.data = native.FP64, native.address(double)
+    call.pointer.logsumexp = NULL
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == UNSUPPORTED
+    assert "FP64: left to the CPU" in message(context)
+    call = Call(made, arrays)
+    gradients = Descriptor("mfa_attention_gradients_t", grad_output=native.tensor(arrays.put(call.output)))
+    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) in (SUCCESS, UNSUPPORTED)
+
+
+def test_encode_forward__memory_that_is_in_no_buffer__returns_5_and_names_it(context, arrays, commands, rng):
+    made = problem_with("all", sizes=SMALL)
+    outside = rng.normal(size=SMALL.statistics).astype(np.float32)
+    for name in ("logsumexp", "alibi_slopes", "sinks", "kv_lengths"):
+        call = Call(made, arrays)
+        pointer = native.address(np.zeros(64))
+        setattr(call.pointer, name, native.ffi.cast("int64_t *", pointer) if name == "kv_lengths" else pointer)
+        assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == INVALID_ARGUMENT
+        assert f"`{name}` must lie in a buffer of the device" in message(context)
+        assert call.untouched()
+    for name in ("query", "key", "value", "output", "mask"):
+        call = Call(made, arrays)
+        getattr(call.pointer, name).data = native.address(np.zeros(10000))
+        assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == INVALID_ARGUMENT
+        assert f"`{name}` must lie in a buffer of the device" in message(context)
+    run(commands)
+    assert outside.size
+
+
+def test_encode_forward__a_wrong_command_buffer__returns_5(context, arrays, queue):
+    call = Call(problem(np.random.default_rng(0), SMALL), arrays)
+    device = sm.sm_device_create(b"another GPU", 1009)
+    foreign_queue = sm.sm_device_new_command_queue(device)
+    foreign = sm.sm_command_queue_new_command_buffer(foreign_queue, 1)
+    committed, released = (sm.sm_command_queue_new_command_buffer(queue, 1) for _ in range(2))
+    run(committed)
+    sm.sm_release(released)
+    for pointer, words in (
+        (handle_of(foreign), '`command_buffer` belongs to another device, "another GPU"'),
+        (handle_of(committed), "`command_buffer` was committed before"),
+        (handle_of(released), "`command_buffer` is released, or is not a command buffer of Metal"),
+        (handle_of(queue), "is not a command buffer of Metal"),
+        (native.address(call.output), "is not a command buffer of Metal"),
+        (NULL, "`command_buffer` must not be NULL"),
+    ):
+        assert lib.mfa_attention_encode_forward(context, pointer, call.pointer) == INVALID_ARGUMENT
+        assert words in message(context)
+        assert call.untouched()
+    call.pointer.query.shape[3] = 2000
+    assert lib.mfa_attention_encode_forward(context, NULL, call.pointer) == INVALID_DIMENSIONS, "sizes come first"
+    for each in (foreign, foreign_queue, device, committed):
+        sm.sm_release(each)
+
+
+def test_buffers__of_one_context__are_found_by_another_on_the_device(context, arrays, commands):
+    call = Call(problem(np.random.default_rng(0), SMALL), arrays)
+    with umfa.MFAContext(device="softmetal", num_threads=1) as other:
+        assert lib.mfa_attention_encode_forward(other._handle, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    assert not call.untouched()
+
+
+def test_gpu_seconds__are_those_of_the_last_call_that_ran_there(umfa_context, rng):
+    made = problem(rng, Sizes(batch=1, heads=1, kv_heads=1, rows=64, columns=64, channels=32, value_channels=32))
+    out, lse = made.run(context=umfa_context)
+    seconds = umfa_context.details()["gpu_seconds"]
+    assert 0 < seconds < 60
+    assert umfa_context.details()["gpu_seconds"] == seconds, "asking changes nothing"
+    umfa.attention(*(argument.astype(np.float64) for argument in made.arguments), context=umfa_context)
+    assert umfa_context.details()["gpu_seconds"] == 0, "the CPU computed"
+    with umfa.MFAContext(device="cpu") as cpu:
+        made.run(context=cpu)
+        assert cpu.details()["gpu_seconds"] == 0
+
+
+def test_context_info__of_the_first_version__is_filled_as_far_as_it_goes(context):
+    info = native.new("mfa_context_info_t")
+    info.gpu_seconds = -1
+    first = native.ffi.offsetof("mfa_context_info_t", "gpu_seconds")
+    info.struct_size = first
+    assert lib.mfa_context_get_info(context, info) == SUCCESS
+    assert info.gpu_seconds == -1
+    assert info.device == native.ffi.integer_const("MFA_DEVICE_SOFTMETAL")
+    info.struct_size = first - 1
+    assert lib.mfa_context_get_info(context, info) == INVALID_ARGUMENT
+
+
+class TestFaults:
+    """Each is made by the software device; nothing is written, and the context works afterwards."""
+
+    @pytest.fixture
+    def context(self):
+        """One whose kernels are not compiled yet."""
+        with umfa.MFAContext(device="softmetal", num_threads=1) as made:
+            yield made._handle
+
+    @pytest.mark.parametrize(
+        ("fault", "status", "words"),
+        [
+            ("compile", EXECUTION_FAILED, "could not be compiled: program_source:1:1: error:"),
+            ("memory", ALLOCATION_FAILED, "bytes on the device could not be had"),
+            ("execute", EXECUTION_FAILED, 'the device "softmetal" failed: the GPU gave up'),
+        ],
+    )
+    def test_run_forward(self, fault, status, words, context, arrays, monkeypatch):
+        call = Call(problem_with("all", sizes=SMALL), arrays)
+        monkeypatch.setenv("SOFTMETAL_FAULT", fault)
+        assert lib.mfa_attention_run_forward(context, call.pointer) == status
+        assert words in message(context)
+        assert call.untouched()
+        monkeypatch.delenv("SOFTMETAL_FAULT")
+        assert lib.mfa_attention_run_forward(context, call.pointer) == SUCCESS
+        assert not call.untouched()
+
+    @pytest.mark.parametrize(("fault", "status"), [("compile", EXECUTION_FAILED), ("memory", ALLOCATION_FAILED)])
+    def test_encode_forward(self, fault, status, context, arrays, queue, monkeypatch):
+        call = Call(problem_with("all", sizes=SMALL), arrays)
+        commands = sm.sm_command_queue_new_command_buffer(queue, 1)
+        monkeypatch.setenv("SOFTMETAL_FAULT", fault)
+        assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == status
+        monkeypatch.delenv("SOFTMETAL_FAULT")
+        run(commands)
+        assert call.untouched(), "nothing was recorded"
+        sm.sm_release(commands)
+
+    def test_encode_forward__a_gpu_that_fails__tells_the_caller(self, context, arrays, queue, monkeypatch):
+        call = Call(problem(np.random.default_rng(0), SMALL), arrays)
+        commands = sm.sm_command_queue_new_command_buffer(queue, 1)
+        assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+        monkeypatch.setenv("SOFTMETAL_FAULT", "execute")
+        sm.sm_command_buffer_commit(commands)
+        sm.sm_command_buffer_wait_until_completed(commands)
+        assert b"the GPU gave up" in sm_ffi.string(sm.sm_command_buffer_error(commands))
+        assert call.untouched()
+        sm.sm_release(commands)
+
+    def test_create_buffer(self, context, monkeypatch):
+        monkeypatch.setenv("SOFTMETAL_FAULT", "memory")
+        buffer = native.ffi.new("mfa_buffer_t **")
+        assert lib.mfa_create_buffer(context, 100, buffer) == ALLOCATION_FAILED
+        assert buffer[0] == NULL
+
+    def test_a_gpu_without_simdgroup_matrices(self):
+        code = """
+import umfa
+print(umfa.info()["devices"]["softmetal"], umfa.MFAContext().device)
+try:
+    umfa.MFAContext(device="softmetal")
+except umfa.UnsupportedError as error:
+    print(error)
+"""
+        environment = os.environ | {"SOFTMETAL_FAMILY": "1006"}
+        answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert answer.stdout.splitlines()[0] == "False cpu"
+        assert "simdgroup matrices (the family Apple7: an M1 or later) are not a feature of this GPU" in answer.stdout
+
+
+def test_reference__agrees_with_an_encoded_call(context, arrays, commands):
+    made = problem_with("causal_offsets", seed=5, sizes=SMALL)
+    call = Call(made, arrays)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    expected = reference.forward(*made.real, made.options)
+    np.testing.assert_allclose(call.output, expected.output, rtol=0, atol=1e-5)
