@@ -35,7 +35,9 @@ def test_softmetal__says_what_it_is(device):
     found = umfa.info(device)
     assert found["device"] == device.device == "softmetal"
     kernels = found["kernels"]
-    assert {kernels["forward"][name] for name in ("float32", "float16", "bfloat16", "int8", "int4")} == {"attention_forward_metal_64"}
+    assert {kernels["forward"][name] for name in ("float32", "int8", "int4")} == {"attention_forward_metal_64x32"}
+    assert kernels["forward"]["float16"] == "attention_forward_fp16_metal_64x32"
+    assert kernels["forward"]["bfloat16"] == "attention_forward_bf16_metal_64x32"
     assert "fp64_reference" in kernels["forward"]["float64"]
     assert device.details()["fallback_precisions"] == 1 << umfa.arrays.FP64
 

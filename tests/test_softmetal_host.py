@@ -366,6 +366,17 @@ def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, d
     assert call.logsumexp.tobytes() == expected.logsumexp.tobytes()
 
 
+def test_encode_forward__first_tiles_that_a_mask_excludes__are_not_needed(context, arrays, commands):
+    """There is no CPU here to compute again what a kernel is not sure of."""
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=70, columns=100, channels=40, value_channels=24)
+    mask = (np.arange(100) // 32 == 1 + np.arange(70)[:, None] // 32) | (np.arange(100) >= 96)
+    made = problem(np.random.default_rng(0), sizes, mask=mask)
+    call = Call(made, arrays)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    np.testing.assert_allclose(call.output, reference.forward(*made.real, made.options).output, rtol=0, atol=1e-5)
+
+
 def test_encode_forward__reads_its_operands_when_the_command_buffer_runs(context, arrays, commands):
     made, other = (problem_with("all", seed=seed, sizes=SMALL) for seed in (1, 2))
     call, expected = Call(made, arrays), Call(other, arrays)
@@ -656,6 +667,50 @@ except umfa.UnsupportedError as error:
         answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert answer.stdout.splitlines()[0] == "False cpu"
         assert "simdgroup matrices (the family Apple7: an M1 or later) are not a feature of this GPU" in answer.stdout
+
+
+KERNELS_OF_A_FAMILY = """
+import sys
+import numpy as np, ml_dtypes, umfa
+rng = np.random.default_rng(0)
+with umfa.MFAContext(device="softmetal") as device, umfa.MFAContext(device="cpu") as cpu:
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        for channels in (32, 64, 128, 200):
+            q, k, v = (rng.normal(size=(1, 1, tokens, channels)).astype(dtype) for tokens in (40, 70, 70))
+            words = {"causal": "lower_right", "scale": 0.1, "return_lse": True}
+            got, wanted = (umfa.attention(q, k, v, context=each, out=np.empty(q.shape, "f"), **words) for each in (device, cpu))
+            assert device.details()["gpu_seconds"] > 0
+            for one, other in zip(got, wanted):
+                np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    print(*umfa.info(device)["kernels"]["forward"].values())
+"""
+
+
+@pytest.mark.parametrize("family", [1007, 1008, 1009, 1010])
+def test_every_family__has_kernels_for_every_head_size_and_type(family):
+    environment = os.environ | {"SOFTMETAL_FAMILY": str(family)}
+    answer = subprocess.run([sys.executable, "-c", KERNELS_OF_A_FAMILY], env=environment, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "attention_forward_metal_64x32" in answer.stdout
+
+
+@pytest.mark.parametrize(("family", "name"), [(1008, "attention_forward_metal_128x16"), (1009, "attention_forward_metal_128x32")])
+def test_tiles__of_wide_heads__are_narrower_on_older_families(family, name):
+    code = """
+import os, numpy as np
+import native
+from native import lib
+handle = native.ffi.new("mfa_context_t **")
+assert lib.mfa_create_context_with_options(native.new("mfa_context_options_t", device=3), handle) == 0
+x = np.zeros((1, 1, 8, 128), np.float32)
+given = native.attention(*[native.tensor(x)] * 3, native.tensor(np.zeros_like(x)))
+name = native.ffi.new("const char **")
+assert lib.mfa_attention_kernel_name(handle[0], given.pointer, 0, name) == 0
+print(native.ffi.string(name[0]).decode())
+"""
+    environment = os.environ | {"SOFTMETAL_FAMILY": str(family), "PYTHONPATH": os.path.dirname(__file__)}
+    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert answer.stdout.strip() == name, answer.stderr
 
 
 def test_reference__agrees_with_an_encoded_call(context, arrays, commands):

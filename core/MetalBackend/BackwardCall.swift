@@ -170,7 +170,9 @@ struct BackwardCall: DeviceCall {
 
         let channelBlocks = (attention.headDim + channels - 1) / channels
         let valueBlocks = (attention.headDimV + channels - 1) / channels
-        if source != given || gradients.gradQuery != nil || gradients.gradAlibiSlopes != nil, let name = kernelName(attention, .backwardQuery) {
+        if source != given || gradients.gradQuery != nil || gradients.gradAlibiSlopes != nil,
+            let name = kernelName(attention, .backwardQuery)
+        {
             try add("\(name)", (tiles(attention.seqLenQ), attention.numHeads * channelBlocks, attention.batchSize))
         }
         if gradients.gradKey != nil || gradients.gradValue != nil, let name = kernelName(attention, .backwardKeyValue) {

@@ -15,7 +15,8 @@ public final class MetalBackend: Backend {
     private let cpu: CPUBackend
     private let gpu: any MTLDevice
     private let queue: any MTLCommandQueue
-    private let generation = support_generation()
+    private let generation: GPUGeneration
+    private let forks = support_generation()
     private let objects: MetalObjects
     private var kernels: KernelLibrary
     private let memory: DeviceMemory
@@ -23,7 +24,7 @@ public final class MetalBackend: Backend {
     public private(set) var deviceSeconds = 0.0
 
     /// Whether there is a device that has what all kernels need.
-    public static var isAvailable: Bool { MTLCreateSystemDefaultDevice()?.supportsFamily(.apple7) ?? false }
+    public static var isAvailable: Bool { MTLCreateSystemDefaultDevice().flatMap { GPUGeneration($0) } != nil }
 
     /// `device` is what the one that the system has is called here. `threads` and `allocator` are for what the CPU computes.
     public init(
@@ -32,12 +33,13 @@ public final class MetalBackend: Backend {
         guard let gpu = MTLCreateSystemDefaultDevice(), let queue = gpu.makeCommandQueue() else {
             throw MFAError(.deviceUnavailable, "there is no device \"\(name)\" here")
         }
-        guard gpu.supportsFamily(.apple7) else {
+        guard let generation = GPUGeneration(gpu) else {
             throw .unsupported("simdgroup matrices (the family Apple7: an M1 or later) are not a feature of this GPU, \"\(gpu.name)\"")
         }
         cpu = try CPUBackend(threads: threads, allocator: allocator)
         self.device = device
         self.gpu = gpu
+        self.generation = generation
         self.queue = queue
         self.objects = objects
         kernels = KernelLibrary(gpu)
@@ -49,7 +51,7 @@ public final class MetalBackend: Backend {
 
     /// A process that was forked off has no connection to the GPU.
     private func checkProcess() throws(MFAError) {
-        if support_generation() != generation {
+        if support_generation() != forks {
             throw MFAError(.deviceUnavailable, "a context on \"\(info.name)\" cannot be used in a process that was forked off")
         }
     }
@@ -90,7 +92,7 @@ public final class MetalBackend: Backend {
 
     public func forward(_ problem: AttentionProblem) throws(MFAError) {
         try begin()
-        guard let kernel = AttentionKernels.choose(problem) else { return try cpu.forward(problem) }
+        guard let kernel = AttentionKernels.choose(problem, generation) else { return try cpu.forward(problem) }
         if problem.isEmpty { return }
         try run(try AttentionCall(problem, kernel, memory, &kernels))
     }
@@ -130,7 +132,7 @@ public final class MetalBackend: Backend {
     }
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
-        AttentionKernels.choose(problem) == nil ? try cpu.workspaceSize(forward: problem) : 0
+        AttentionKernels.choose(problem, generation) == nil ? try cpu.workspaceSize(forward: problem) : 0
     }
 
     public func workspaceSize(backward problem: BackwardProblem) throws(MFAError) -> Int {
@@ -138,7 +140,7 @@ public final class MetalBackend: Backend {
     }
 
     public func kernelName(_ problem: AttentionProblem, _ operation: Operation) throws(MFAError) -> UnsafePointer<CChar> {
-        let name = operation == .forward ? AttentionKernels.choose(problem)?.name : BackwardCall.kernelName(problem, operation)
+        let name = operation == .forward ? AttentionKernels.choose(problem, generation)?.name : BackwardCall.kernelName(problem, operation)
         guard let name else { return try cpu.kernelName(problem, operation) }
         return UnsafeRawPointer(name.utf8Start).assumingMemoryBound(to: CChar.self)
     }
@@ -159,7 +161,7 @@ public final class MetalBackend: Backend {
     public func encode(forward problem: AttentionProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
         try checkProcess()
         try memory.checkLocations(problem)
-        guard let kernel = AttentionKernels.choose(problem) else {
+        guard let kernel = AttentionKernels.choose(problem, generation) else {
             throw .unsupported("\(AttentionKernels.obstacle(problem) ?? "this"): left to the CPU, which cannot be encoded")
         }
         if problem.isEmpty { return }

@@ -1,9 +1,10 @@
-// Forward attention: attention_forward_metal_32, _64 and _128, for head sizes up to these and, in the last, for all others.
+// Forward attention: attention_forward_metal_32x32 and its like, for as many channels of the output as the first number says, and in the
+// widest for blocks of them; the second number is the columns of a tile of keys and values.
 //
-// A threadgroup of four simdgroups computes 32 query rows of one head, 8 a simdgroup, and as many channels of the output as the kernel's name
-// says. Keys and values pass through threadgroup memory in tiles of 32 columns, converted to float on the way; scores, weights and output stay
-// in 8x8 matrices in registers. A row's maximum and sum run along with it, so no row of scores is ever whole. Columns that no row of the tile
-// attends are not computed.
+// A threadgroup of four simdgroups computes 32 query rows of one head, 8 a simdgroup. Keys and values pass through threadgroup memory in tiles,
+// converted to float on the way; those of FP16 or BF16 keep their type where all three operands have it (_fp16_, _bf16_), which changes no
+// result: products are exact, and all sums float. Scores, weights and output stay in 8x8 matrices in registers. A row's maximum and sum run
+// along with it, so no row of scores is ever whole. Columns that no row of the tile attends are not computed.
 //
 // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
 // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
@@ -11,7 +12,7 @@
 
 #include "attention.h"
 
-template <int CHANNELS>
+template <typename T, int CHANNELS, int TILE>
 [[kernel, max_total_threads_per_threadgroup(THREADS)]] void attention_forward(
     constant Parameters& p [[buffer(0)]],
     const device Sequence* sequences [[buffer(1)]],
@@ -37,7 +38,7 @@ template <int CHANNELS>
     ushort simdgroup [[simdgroup_index_in_threadgroup]])
 {
     constexpr int STRIDE = CHANNELS + 4;  // keeps neighbouring rows out of the same banks
-    threadgroup float tile[COLUMNS * STRIDE];
+    threadgroup T tile[TILE * STRIDE];
     threadgroup int votes[SIMDGROUPS];
 
     if (is_refused(p, flags)) { return; }
@@ -61,31 +62,32 @@ template <int CHANNELS>
     const long position = row + sequence.offset;
     const ColumnRange columns = columns_of_rows(p, sequence, row, 1);
     const ColumnRange tile_columns = columns_of_rows(p, sequence, first_row, ROWS);
-    const long start = tile_columns.first / COLUMNS * COLUMNS;
+    const long start = tile_columns.first / TILE * TILE;
 
     const int channel_blocks = (p.head_dim + CHANNELS - 1) / CHANNELS;
     const bool holds_query = channel_blocks == 1;
-    simdgroup_float8x8 query_matrices[CHANNELS / 8];
+    bool has_query = false;
+    simdgroup_matrix<T, 8, 8> query_matrices[CHANNELS / 8];
     simdgroup_float8x8 sums[CHANNELS / 8];
     for (int block = 0; block < CHANNELS / 8; block++) { sums[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
 
     float largest = -INFINITY;
-    float total = 0.0f;
+    float total = 0.0f;  // of this lane's columns; the lanes of a row are summed at the end
     bool is_safe = true;
     uint poisoned = 0;  // a bit for each of this lane's elements of the output
     if (has_sinks && sinks[head] != -INFINITY) {
         largest = sinks[head];
-        total = 1.0f;
+        total = matrix_column == 0 ? 1.0f : 0.0f;
         is_safe = isfinite(largest);
     }
     const float slope = has_slopes ? slopes[head] : 0.0f;
 
-    for (long first = start; first < tile_columns.end; first += COLUMNS) {
+    for (long first = start; first < tile_columns.end; first += TILE) {
         // Which of its 8 columns this row attends, and what the mask adds to their scores.
-        bool kept[COLUMNS / 8 * 2];
-        float bias[COLUMNS / 8 * 2];
+        bool kept[TILE / 8 * 2];
+        float bias[TILE / 8 * 2];
         bool any = false;
-        for (int element = 0; element < COLUMNS / 8 * 2; element++) {
+        for (int element = 0; element < TILE / 8 * 2; element++) {
             const long column = first + element / 2 * 8 + matrix_column + element % 2;
             bool keep = has_row && column >= columns.first && column < columns.end;
             bias[element] = 0.0f;
@@ -102,36 +104,37 @@ template <int CHANNELS>
             if ((votes[0] | votes[1] | votes[2] | votes[3]) == 0) { continue; }
         }
 
-        simdgroup_float8x8 scores[COLUMNS / 8];
-        for (int block = 0; block < COLUMNS / 8; block++) { scores[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+        simdgroup_float8x8 scores[TILE / 8];
+        for (int block = 0; block < TILE / 8; block++) { scores[block] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
         for (int channel_block = 0; channel_block < channel_blocks; channel_block++) {
             const int first_channel = channel_block * CHANNELS;
-            if (!holds_query || first == start) {
+            if (!holds_query || !has_query) {
+                has_query = true;
                 for (int block = 0; block < CHANNELS / 8; block++) {
-                    float pair[2];
                     for (int side = 0; side < 2; side++) {
                         const int channel = first_channel + block * 8 + matrix_column + side;
-                        pair[side] = has_row && channel < p.head_dim
+                        const float real = has_row && channel < p.head_dim
                             ? load_real(query, query_scales, query_zero_points, query_scales, p.query, batch, head, row, channel, query_type)
                             : 0.0f;
+                        query_matrices[block].thread_elements()[side] = T(real);
                     }
-                    query_matrices[block].thread_elements() = float2(pair[0], pair[1]);
                 }
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (int element = int(index); element < COLUMNS * CHANNELS; element += THREADS) {
+            for (int element = int(index); element < TILE * CHANNELS; element += THREADS) {
                 const int column = element / CHANNELS;
                 const int channel = element % CHANNELS;
                 const bool exists = first + column < length && first_channel + channel < p.head_dim;
-                tile[column * STRIDE + channel] = exists
+                const float real = exists
                     ? load_real(key, key_scales, key_zero_points, key_means, p.key, batch, kv_head, int(first) + column,
                                 first_channel + channel, key_type)
                     : 0.0f;
+                tile[column * STRIDE + channel] = T(real);
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (int column_block = 0; column_block < COLUMNS / 8; column_block++) {
+            for (int column_block = 0; column_block < TILE / 8; column_block++) {
                 for (int block = 0; block < CHANNELS / 8; block++) {
-                    simdgroup_float8x8 keys;
+                    simdgroup_matrix<T, 8, 8> keys;
                     simdgroup_load(keys, tile + column_block * 8 * STRIDE + block * 8, STRIDE, ulong2(0, 0), true);
                     simdgroup_multiply_accumulate(scores[column_block], query_matrices[block], keys, scores[column_block]);
                 }
@@ -139,7 +142,7 @@ template <int CHANNELS>
         }
 
         float tile_largest = largest;
-        for (int block = 0; block < COLUMNS / 8; block++) {
+        for (int block = 0; block < TILE / 8; block++) {
             for (int side = 0; side < 2; side++) {
                 const int element = block * 2 + side;
                 float score = scores[block].thread_elements()[side] * p.softmax_scale;
@@ -164,7 +167,7 @@ template <int CHANNELS>
         const float change = fast::exp2((largest - reference) * M_LOG2E_F);
         largest = tile_largest;
         float tile_total = 0.0f;
-        for (int block = 0; block < COLUMNS / 8; block++) {
+        for (int block = 0; block < TILE / 8; block++) {
             float pair[2];
             for (int side = 0; side < 2; side++) {
                 pair[side] = fast::exp2((scores[block].thread_elements()[side] - reference) * M_LOG2E_F);
@@ -177,13 +180,11 @@ template <int CHANNELS>
             }
             scores[block].thread_elements() = float2(pair[0], pair[1]);
         }
-        tile_total += simd_shuffle_xor(tile_total, 1);
-        tile_total += simd_shuffle_xor(tile_total, 8);
         total = total * change + tile_total;
 
         threadgroup_barrier(mem_flags::mem_threadgroup);
         bool is_finite = true;
-        for (int element = int(index); element < COLUMNS * CHANNELS; element += THREADS) {
+        for (int element = int(index); element < TILE * CHANNELS; element += THREADS) {
             const int column = element / CHANNELS;
             const int channel = first_value_channel + element % CHANNELS;
             const bool exists = first + column < length && channel < p.head_dim_v;
@@ -192,7 +193,7 @@ template <int CHANNELS>
                             value_type)
                 : 0.0f;
             is_finite = is_finite && isfinite(real);
-            tile[column * STRIDE + element % CHANNELS] = real;
+            tile[column * STRIDE + element % CHANNELS] = T(real);
         }
         const bool simdgroup_is_finite = simd_all(is_finite);
         if (lane == 0) { votes[simdgroup] = !simdgroup_is_finite; }
@@ -205,17 +206,17 @@ template <int CHANNELS>
             for (int part = 0; part < TOGETHER; part++) {
                 tile_sums[part] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
                 poison[part] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-                for (int column_block = 0; column_block < COLUMNS / 8; column_block++) {
-                    simdgroup_float8x8 values;
+                for (int column_block = 0; column_block < TILE / 8; column_block++) {
+                    simdgroup_matrix<T, 8, 8> values;
                     simdgroup_load(values, tile + column_block * 8 * STRIDE + (first_block + part) * 8, STRIDE);
                     if (is_careful) {
                         simdgroup_float8x8 attended;
                         simdgroup_float8x8 wrong;
                         for (int side = 0; side < 2; side++) {
-                            const float real = values.thread_elements()[side];
+                            const float real = float(values.thread_elements()[side]);
                             attended.thread_elements()[side] = kept[column_block * 2 + side] ? 1.0f : 0.0f;
                             wrong.thread_elements()[side] = isfinite(real) ? 0.0f : 1.0f;
-                            values.thread_elements()[side] = isfinite(real) ? real : 0.0f;
+                            values.thread_elements()[side] = T(isfinite(real) ? real : 0.0f);
                         }
                         simdgroup_multiply_accumulate(poison[part], attended, wrong, poison[part]);
                     }
@@ -232,6 +233,8 @@ template <int CHANNELS>
         }
     }
 
+    total += simd_shuffle_xor(total, 1);
+    total += simd_shuffle_xor(total, 8);
     // A row with a score that is not finite is NaN as a whole, whichever lane saw it.
     uint row_is_safe = is_safe ? 1 : 0;
     row_is_safe &= simd_shuffle_xor(row_is_safe, 1);
@@ -257,6 +260,13 @@ template <int CHANNELS>
     if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
 }
 
-template [[host_name("attention_forward_metal_32")]] [[kernel]] decltype(attention_forward<32>) attention_forward<32>;
-template [[host_name("attention_forward_metal_64")]] [[kernel]] decltype(attention_forward<64>) attention_forward<64>;
-template [[host_name("attention_forward_metal_128")]] [[kernel]] decltype(attention_forward<128>) attention_forward<128>;
+template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;
+template [[host_name("attention_forward_metal_64x32")]] [[kernel]] decltype(attention_forward<float, 64, 32>) attention_forward<float, 64, 32>;
+template [[host_name("attention_forward_metal_128x16")]] [[kernel]] decltype(attention_forward<float, 128, 16>) attention_forward<float, 128, 16>;
+template [[host_name("attention_forward_metal_128x32")]] [[kernel]] decltype(attention_forward<float, 128, 32>) attention_forward<float, 128, 32>;
+template [[host_name("attention_forward_fp16_metal_32x32")]] [[kernel]] decltype(attention_forward<half, 32, 32>) attention_forward<half, 32, 32>;
+template [[host_name("attention_forward_fp16_metal_64x32")]] [[kernel]] decltype(attention_forward<half, 64, 32>) attention_forward<half, 64, 32>;
+template [[host_name("attention_forward_fp16_metal_128x32")]] [[kernel]] decltype(attention_forward<half, 128, 32>) attention_forward<half, 128, 32>;
+template [[host_name("attention_forward_bf16_metal_32x32")]] [[kernel]] decltype(attention_forward<bfloat, 32, 32>) attention_forward<bfloat, 32, 32>;
+template [[host_name("attention_forward_bf16_metal_64x32")]] [[kernel]] decltype(attention_forward<bfloat, 64, 32>) attention_forward<bfloat, 64, 32>;
+template [[host_name("attention_forward_bf16_metal_128x32")]] [[kernel]] decltype(attention_forward<bfloat, 128, 32>) attention_forward<bfloat, 128, 32>;
