@@ -99,6 +99,17 @@ class SoftwareDevice:
             raise DeviceError(report.value.decode())
 
 
+def dispatched(folder: Path) -> list[tuple[str, tuple[int, int, int]]]:
+    """The kernels and grids, in threads, of the recorded dispatches in a folder, in their order."""
+    found = []
+    for path in sorted(folder.glob("*.dispatch")):
+        data = path.read_bytes()
+        length = int.from_bytes(data[8:16], "little")
+        grid = np.frombuffer(data, np.uint64, 3, 16 + length)
+        found.append((data[16 : 16 + length].decode(), (int(grid[0]), int(grid[1]), int(grid[2]))))
+    return found
+
+
 def replay(program: Path, recorded: Sequence[Path], order: str = "forward") -> subprocess.CompletedProcess[str]:
     """Run recorded dispatches again, threads in another order."""
     environment = os.environ | {"SOFTMETAL_ORDER": order}

@@ -508,11 +508,6 @@ def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, a
 def test_encode__what_the_kernels_cannot_serve__returns_6_with_the_reason(context, arrays, commands):
     made = problem(np.random.default_rng(0), SMALL)
     call = Call(made, arrays)
-    scheme = Descriptor("mfa_quantization_scheme_t", precision=native.INT8, granularity=2)
-    call.pointer.quantize_key = scheme.pointer
-    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == UNSUPPORTED
-    assert "operands that are quantised on the way in are not encoded in this version" in message(context)
-    call.pointer.quantize_key = NULL
     call.pointer.softmax_scale = 1e300
     assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == UNSUPPORTED
     assert "softmax_scale" in message(context)

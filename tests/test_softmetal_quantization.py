@@ -9,6 +9,7 @@ import test_quantization
 import umfa
 from cases import Sizes, problem
 from software_context import *  # noqa: F403
+from software_device import dispatched
 from test_quantization import standard_normal  # noqa: F401
 from umfa.scheme_errors import quantize_by
 
@@ -44,11 +45,10 @@ def test_softmetal__quantised_on_the_fly__gives_the_bits_of_codes_quantised_befo
     assert fused.tobytes() == before.tobytes()
 
 
-def test_softmetal__quantising_and_attention__are_one_command_buffer(rng, tmp_path, monkeypatch):
-    """No dispatch of the call is without one: none is left to the CPU."""
-    made = problem(rng, Sizes(channels=64, value_channels=64))
+def test_softmetal__quantised_on_the_fly__is_quantised_on_the_device(rng, tmp_path, monkeypatch):
+    made = problem(rng, Sizes(batch=1, rows=40, channels=64, value_channels=64))
     monkeypatch.setenv("SOFTMETAL_RECORD", str(tmp_path))
     umfa.attention(*made.arguments, quantize="int8")
-    names = b"".join(path.read_bytes()[:4096] for path in sorted(tmp_path.glob("*.dispatch")))
-    for kernel in (b"quantize_write", b"attention_forward"):
-        assert kernel in names
+    kernels = [kernel for kernel, _ in dispatched(tmp_path)]
+    assert kernels.count("quantize_write_metal_128") == 3
+    assert kernels[-1].startswith("attention_forward_metal")

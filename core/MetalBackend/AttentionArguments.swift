@@ -78,10 +78,10 @@ extension MTLComputeCommandEncoder {
 struct AttentionArguments {
     var parameters: AttentionParameters
     var bindings = Bindings()
-    private var passes: [QuantizePass] = []
-    private let flags: DeviceFlags
     /// Finds out where the rows of each sequence stand, if the host must not.
     private let sequencesPass: SequencesPass?
+    private var passes: [QuantizePass] = []
+    private let flags: DeviceFlags
 
     // The words of `flags`: whether float is too narrow, and whether an operand has a value that cannot be quantised.
     private static let care = 0
@@ -94,28 +94,30 @@ struct AttentionArguments {
         _ problem: AttentionProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary, isDeferred: Bool = false
     ) throws(MFAError) {
         let options = problem.options
-        flags = try DeviceFlags(4, memory)
         var lengths: [Int]?
+        let sequences: DeviceAddress
         if isDeferred {
             let pass = try SequencesPass(problem, memory, &library)
-            bindings[1] = pass.sequences
+            sequences = pass.sequences
             sequencesPass = pass
         } else {
-            let sequences = AttentionArguments.sequences(problem)
-            lengths = sequences.map { Int($0.length) }
-            bindings[1] = try memory.copy(sequences)
+            let values = AttentionArguments.sequences(problem)
+            lengths = values.map { Int($0.length) }
+            sequences = try memory.copy(values)
             sequencesPass = nil
         }
+        bindings[1] = sequences
+        flags = try DeviceFlags(4, memory)
         bindings[27] = flags.address(AttentionArguments.care)
         let query = try AttentionArguments.bind(
-            problem.query, options.quantizeQuery, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
+            problem.query, options.quantizeQuery, nil, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
             &bindings, &passes)
         let key = try AttentionArguments.bind(
-            problem.key, options.quantizeKey, lengths, flags.address(AttentionArguments.key), to: (3, 12, 13, 14), memory, &library,
-            &bindings, &passes)
+            problem.key, options.quantizeKey, lengths, sequences, flags.address(AttentionArguments.key), to: (3, 12, 13, 14), memory,
+            &library, &bindings, &passes)
         let value = try AttentionArguments.bind(
-            problem.value, options.quantizeValue, lengths, flags.address(AttentionArguments.value), to: (4, 15, 16, nil), memory, &library,
-            &bindings, &passes)
+            problem.value, options.quantizeValue, lengths, sequences, flags.address(AttentionArguments.value), to: (4, 15, 16, nil), memory,
+            &library, &bindings, &passes)
         var maskStrides = Strides(repeating: 0)
         if let mask = problem.options.mask { (bindings[7], maskStrides) = try memory.share(mask) }
         let statistics = problem.numHeads * MemoryLayout<Float>.size
@@ -133,12 +135,12 @@ struct AttentionArguments {
             keptScale: dropout < 1 ? Float(1 / (1 - dropout)) : 0, dropThreshold: UInt32(truncatingIfNeeded: threshold),
             dropsAll: threshold >> 32 == 0 ? 0 : 1, seedLow: UInt32(truncatingIfNeeded: problem.options.seed),
             seedHigh: UInt32(truncatingIfNeeded: problem.options.seed >> 32), dropoutOffset: problem.options.dropoutOffset,
-            heedsRefusal: passes.isEmpty ? 0 : 1)
+            heedsRefusal: passes.isEmpty || isDeferred ? 0 : 1)
     }
 
     /// Binds an operand, or the codes that a scheme makes of it.
     private static func bind(
-        _ operand: Tensor, _ scheme: QuantizationScheme?, _ lengths: [Int]?, _ refused: DeviceAddress,
+        _ operand: Tensor, _ scheme: QuantizationScheme?, _ lengths: [Int]?, _ sequences: DeviceAddress?, _ refused: DeviceAddress,
         to indices: (data: Int, scales: Int, zeroPoints: Int, means: Int?), _ memory: DeviceMemory, _ library: inout KernelLibrary,
         _ bindings: inout Bindings, _ passes: inout [QuantizePass]
     ) throws(MFAError) -> TensorView {
@@ -152,7 +154,7 @@ struct AttentionArguments {
             let (source, strides) = try memory.share(operand, lengths: lengths)
             passes.append(
                 try QuantizePass(
-                    operand, at: source, strides: strides, into: codes, lengths: lengths, refused: refused, checksFirst: false, memory,
+                    operand, at: source, strides: strides, into: codes, sequences: sequences, refused: refused, checksFirst: false, memory,
                     &library))
         }
         return codes.view

@@ -5,10 +5,14 @@ import Metal
 /// One forward problem as the device gets it: everything it reads and writes lies in buffers of its own or that it shares with the host.
 struct AttentionCall: DeviceCall {
     private let problem: AttentionProblem
-    private let kernel: AttentionKernel
-    private let pipeline: any MTLComputePipelineState
+    private let steps: [Step]
     private let arguments: AttentionArguments
     private let results: DeviceResults
+
+    private struct Step {
+        let pipeline: any MTLComputePipelineState
+        let groups: MTLSize
+    }
 
     /// Takes all memory that the call needs, and reads the operands that have to be copied. If the call is deferred none have, by
     /// `checkLocations`, and nothing is read.
@@ -18,30 +22,62 @@ struct AttentionCall: DeviceCall {
     ) throws(MFAError) {
         guard let output = problem.output else { throw .argument("`output` must not be NULL") }
         self.problem = problem
-        self.kernel = kernel
-        pipeline = try library.pipeline(
-            "\(kernel.name)", of: .attentionForward, AttentionKernelOptions(problem, isDeferred: isDeferred).constants)
         var arguments = try AttentionArguments(problem, memory, &library, isDeferred: isDeferred)
         var results = DeviceResults()
         (arguments.bindings[5], arguments.parameters.output) = try results.add(output, memory)
         if let logsumexp = problem.logsumexp {
             arguments.bindings[6] = try results.add(logsumexp, size: problem.rowCount * MemoryLayout<Float>.size, memory)
         }
+        let constants = AttentionKernelOptions(problem, isDeferred: isDeferred).constants
+        if let packedRows = kernel.packedRows {
+            steps = try AttentionCall.decode(problem, kernel, packedRows, constants, memory, &library, &arguments.bindings)
+        } else {
+            let pipeline = try library.pipeline("\(kernel.name)", of: .attentionForward, constants)
+            let blocks = AttentionCall.count(problem.headDimV, by: kernel.channels)
+            let tiles = AttentionCall.count(problem.seqLenQ, by: 32)
+            steps = [Step(pipeline: pipeline, groups: MTLSize(width: tiles, height: problem.numHeads * blocks, depth: problem.batchSize))]
+        }
         self.arguments = arguments
         self.results = results
+    }
+
+    private static func count(_ size: Int, by unit: Int) -> Int { (size + unit - 1) / unit }
+
+    // The numbers of attention_decode.metal: the columns of a part, and the parts of a threadgroup.
+    private static let partColumns = 128
+    private static let partsTogether = 4
+
+    /// The two passes of attention over parts of the columns, and memory for what the first leaves to the second.
+    private static func decode(
+        _ problem: AttentionProblem, _ kernel: AttentionKernel, _ packedRows: Int, _ constants: KernelConstants, _ memory: DeviceMemory,
+        _ library: inout KernelLibrary, _ bindings: inout Bindings
+    ) throws(MFAError) -> [Step] {
+        let parts = count(problem.seqLenKV, by: partColumns)
+        let elements = max(problem.rowCount * parts, 1)
+        let statistics = 2 * MemoryLayout<Float>.size
+        bindings[28] = DeviceAddress(buffer: try memory.make(elements * problem.headDimV * MemoryLayout<Float>.size), offset: 0)
+        bindings[29] = DeviceAddress(buffer: try memory.make(elements * statistics), offset: 0)
+        var steps: [Step] = []
+        if parts > 0 {
+            let pipeline = try library.pipeline("\(kernel.name)", of: .attentionDecode, constants)
+            let packs = count(problem.numHeads / problem.numKVHeads * problem.seqLenQ, by: packedRows)
+            let groups = MTLSize(width: count(parts, by: partsTogether), height: problem.numKVHeads * packs, depth: problem.batchSize)
+            steps.append(Step(pipeline: pipeline, groups: groups))
+        }
+        let merge = try library.pipeline("attention_decode_merge_metal", of: .attentionDecode, constants)
+        steps.append(Step(pipeline: merge, groups: MTLSize(width: problem.seqLenQ, height: problem.numHeads, depth: problem.batchSize)))
+        return steps
     }
 
     /// Binds everything and dispatches the kernels.
     func encode(_ encoder: any MTLComputeCommandEncoder) {
         arguments.encodePasses(encoder)
-        encoder.setComputePipelineState(pipeline)
         encoder.setParameters(arguments.parameters, index: 0)
         arguments.bindings.set(encoder)
-        let rows = 32
-        let blocks = (problem.headDimV + kernel.channels - 1) / kernel.channels
-        encoder.dispatchThreadgroups(
-            MTLSize(width: (problem.seqLenQ + rows - 1) / rows, height: problem.numHeads * blocks, depth: problem.batchSize),
-            threadsPerThreadgroup: MTLSize(width: 128, height: 1, depth: 1))
+        for step in steps {
+            encoder.setComputePipelineState(step.pipeline)
+            encoder.dispatchThreadgroups(step.groups, threadsPerThreadgroup: MTLSize(width: 128, height: 1, depth: 1))
+        }
     }
 
     /// Gives the caller the results, or has the CPU compute them.

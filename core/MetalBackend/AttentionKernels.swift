@@ -1,11 +1,13 @@
 import MFACore
 import Metal
 
-/// A kernel of attention_forward.metal.
+/// A kernel of attention_forward.metal or attention_decode.metal.
 struct AttentionKernel {
     let name: StaticString
     /// The channels of a block of the output, and of a tile of keys or values.
     let channels: Int
+    /// Of a decode kernel, the rows that it computes together.
+    var packedRows: Int?
 }
 
 /// GPUs that get the same kernels.
@@ -156,6 +158,7 @@ enum AttentionKernels {
     /// The kernel that computes a problem's output, nil if there is none.
     static func choose(_ problem: AttentionProblem, _ generation: GPUGeneration) -> AttentionKernel? {
         guard let channels = channels(problem) else { return nil }
+        if let decode = decodeKernel(problem) { return decode }
         let type = tileType(problem)
         guard let row = table.first(where: { $0.generations.contains(generation) && $0.type == type }) else { return nil }
         let name =
@@ -165,6 +168,27 @@ enum AttentionKernels {
             default: row.names.2
             }
         return AttentionKernel(name: name, channels: channels)
+    }
+
+    /// Calls with no more query rows, and with head sizes that its kernels have, are computed in two passes.
+    private static let fewRows = 4
+
+    /// The kernel for few query rows. How many rows share keys decides how many are computed together, which changes no bit of them.
+    private static func decodeKernel(_ problem: AttentionProblem) -> AttentionKernel? {
+        if problem.seqLenQ > fewRows { return nil }
+        let isFew = problem.numHeads / problem.numKVHeads * problem.seqLenQ <= 8
+        switch max(problem.headDim, problem.headDimV) {
+        case ...64:
+            return isFew
+                ? AttentionKernel(name: "attention_decode_metal_64x8", channels: 64, packedRows: 8)
+                : AttentionKernel(name: "attention_decode_metal_64x32", channels: 64, packedRows: 32)
+        case ...128:
+            return isFew
+                ? AttentionKernel(name: "attention_decode_metal_128x8", channels: 128, packedRows: 8)
+                : AttentionKernel(name: "attention_decode_metal_128x32", channels: 128, packedRows: 32)
+        default:
+            return nil
+        }
     }
 
     private static func tileType(_ problem: AttentionProblem) -> TileType {

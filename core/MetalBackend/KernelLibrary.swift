@@ -5,6 +5,7 @@ import Metal
 enum KernelSource {
     case attentionForward
     case attentionBackward
+    case attentionDecode
     case attentionSequences
     case quantize
 
@@ -12,6 +13,7 @@ enum KernelSource {
         switch self {
         case .attentionForward: KernelSources.attentionForward
         case .attentionBackward: KernelSources.attentionBackward
+        case .attentionDecode: KernelSources.attentionDecode
         case .attentionSequences: KernelSources.attentionSequences
         case .quantize: KernelSources.quantize
         }

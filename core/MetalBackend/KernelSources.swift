@@ -48,6 +48,12 @@ enum KernelSources {
             int has_means;
         };
 
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
         // An element as it lies in memory: a float, or a code.
         METAL_FUNC float load_plain(const device uchar* data, long index, int type)
         {
@@ -141,12 +147,6 @@ enum KernelSources {
             uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
-        // Where the rows of a sequence stand among its keys, and how many of these there are.
-        struct Sequence {
-            long offset;
-            long length;
-        };
-
         // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
         constant constexpr int CARE = 0;
         constant constexpr int REFUSED_QUERY = 1;
@@ -174,6 +174,46 @@ enum KernelSources {
             if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
             const float real = unit * float(code - zero_point);
             return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
+        }
+
+        // An operand and what its codes mean.
+        struct Operand {
+            const device uchar* data;
+            const device float* scales;
+            const device int* zero_points;
+            const device float* means;
+            int type;
+        };
+
+        METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
+        {
+            return load_real(
+                operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
+        }
+
+        // Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
+        struct Place {
+            int row;
+            int column;
+        };
+
+        METAL_FUNC Place place_in_matrix(int lane)
+        {
+            const int quad = lane / 4;
+            return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
+        }
+
+        // Adds up what the four lanes of a row of a matrix hold.
+        METAL_FUNC float sum_of_row(float value)
+        {
+            value += simd_shuffle_xor(value, 1);
+            return value + simd_shuffle_xor(value, 8);
+        }
+
+        // Where a row's logsumexp, and the like, lies.
+        METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
+        {
+            return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
         }
 
         // Columns first <= j < end.
@@ -259,21 +299,6 @@ enum KernelSources {
             long grad_mask_strides[4];  // 0 where the mask broadcasts
         };
 
-        // An operand and what its codes mean.
-        struct Operand {
-            const device uchar* data;
-            const device float* scales;
-            const device int* zero_points;
-            const device float* means;
-            int type;
-        };
-
-        METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
-        {
-            return load_real(
-                operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
-        }
-
         // A sum that keeps what rounding takes from it.
         struct Sum {
             float high;
@@ -287,25 +312,6 @@ enum KernelSources {
             const float lost = (sum.high - (total - part)) + (value - part);
             sum.high = total;
             sum.low += lost;
-        }
-
-        // Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
-        struct Place {
-            int row;
-            int column;
-        };
-
-        METAL_FUNC Place place_in_matrix(int lane)
-        {
-            const int quad = lane / 4;
-            return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
-        }
-
-        // Adds up what the four lanes of a row of a matrix hold.
-        METAL_FUNC float sum_of_row(float value)
-        {
-            value += simd_shuffle_xor(value, 1);
-            return value + simd_shuffle_xor(value, 8);
         }
 
         // Eight tokens of an operand as matrices, from a channel on; 0 where there is none.
@@ -449,11 +455,6 @@ enum KernelSources {
             tile.columns = columns_of_rows(p, sequences[batch], row, 1);
             tile.slope = has_slopes ? slopes[head] : 0.0f;
             return tile;
-        }
-
-        METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
-        {
-            return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
         }
 
         // Which of a tile's columns a row attends, what the mask adds to their scores, and whether there is one.
@@ -1006,18 +1007,18 @@ enum KernelSources {
         }
 
         """#
-    static let attentionForward = #"""
-        // Forward attention: attention_forward_metal_32x32 and its like, for as many channels of the output as the first number says, and in the
-        // widest for blocks of them; the second number is the columns of a tile of keys and values.
+    static let attentionDecode = #"""
+        // Forward attention of few query rows over many keys, in two passes.
         //
-        // A threadgroup of four simdgroups computes 32 query rows of one head, 8 a simdgroup. Keys and values pass through threadgroup memory in tiles,
-        // converted to float on the way; those of FP16 or BF16 keep their type where all three operands have it (_fp16_, _bf16_), which changes no
-        // result: products are exact, and all sums float. Scores, weights and output stay in 8x8 matrices in registers. A row's maximum and sum run
-        // along with it, so no row of scores is ever whole. Columns that no row of the tile attends are not computed.
+        //   attention_decode_metal_64x8, _64x32, _128x8, _128x32  for each part of the columns, its output, largest score and sum of weights
+        //   attention_decode_merge_metal                          the output over all parts
         //
-        // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
-        // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-        // attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
+        // A simdgroup has a part of 128 columns to itself, for all rows that share a key/value head: the rows of the heads of a group are the rows of its
+        // matrices, 8 or 32 as the second number of a name says; the first is how many channels there can be. So each byte of keys and values is read
+        // once for a group. It goes from memory into matrices without passing through threadgroup memory, which holds the queries. Where a part begins
+        // depends on nothing, so a padded sequence has the bits of the unpadded one.
+        //
+        // Contract: that of attention_forward.metal.
 
         #line 1 "attention.h"
         // What the kernels of attention share: how operands lie in memory, what a pipeline is specialised to, and the rules of scores.
@@ -1046,6 +1047,12 @@ enum KernelSources {
             int scale_channels;
             int has_zero_points;
             int has_means;
+        };
+
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
         };
 
         // An element as it lies in memory: a float, or a code.
@@ -1141,10 +1148,566 @@ enum KernelSources {
             uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
+        // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
+        constant constexpr int CARE = 0;
+        constant constexpr int REFUSED_QUERY = 1;
+        constant constexpr int REFUSED_KEY = 2;
+        constant constexpr int REFUSED_VALUE = 3;
+
+        METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
+        {
+            if (!p.heeds_refusal) { return false; }
+            return (atomic_load_explicit(&flags[REFUSED_QUERY], memory_order_relaxed) | atomic_load_explicit(&flags[REFUSED_KEY], memory_order_relaxed)
+                | atomic_load_explicit(&flags[REFUSED_VALUE], memory_order_relaxed)) != 0;
+        }
+
+        // An element of a query, key or value as the real number that it stands for.
+        METAL_FUNC float load_real(
+            const device uchar* data, const device float* scales, const device int* zero_points, const device float* means,
+            constant TensorView& view, int batch, int head, int token, int channel, int type)
+        {
+            const long row = row_of(view, batch, head, token);
+            if (type != INT8 && type != INT4) { return load_plain(data, row + channel * view.strides[3], type); }
+            const long code = load_code(data, row, view.strides[3], channel, type);
+            const long scale = scale_of(view, batch, head, token, channel);
+            const long zero_point = view.has_zero_points ? zero_points[scale] : 0;
+            const float unit = scales[scale];
+            if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
+            const float real = unit * float(code - zero_point);
+            return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
+        }
+
+        // An operand and what its codes mean.
+        struct Operand {
+            const device uchar* data;
+            const device float* scales;
+            const device int* zero_points;
+            const device float* means;
+            int type;
+        };
+
+        METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
+        {
+            return load_real(
+                operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
+        }
+
+        // Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
+        struct Place {
+            int row;
+            int column;
+        };
+
+        METAL_FUNC Place place_in_matrix(int lane)
+        {
+            const int quad = lane / 4;
+            return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
+        }
+
+        // Adds up what the four lanes of a row of a matrix hold.
+        METAL_FUNC float sum_of_row(float value)
+        {
+            value += simd_shuffle_xor(value, 1);
+            return value + simd_shuffle_xor(value, 8);
+        }
+
+        // Where a row's logsumexp, and the like, lies.
+        METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
+        {
+            return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        // Columns first <= j < end.
+        struct ColumnRange {
+            long first;
+            long end;
+        };
+
+        // The columns that at least one of some rows attends, masks apart.
+        METAL_FUNC ColumnRange columns_of_rows(constant Parameters& p, Sequence sequence, int first_row, int rows)
+        {
+            const long position = first_row + sequence.offset;
+            ColumnRange range = {0, sequence.length};
+            if (is_causal) { range.end = min(range.end, position + rows); }
+            if (has_right_window) { range.end = min(range.end, position + p.window_right + rows); }
+            if (has_left_window) { range.first = max(range.first, position - p.window_left); }
+            return range;
+        }
+
+        // Whether the mask lets a row attend a column, and what it adds to the score.
+        METAL_FUNC bool mask_keeps(
+            constant Parameters& p, const device uchar* mask, int batch, int head, int row, long column, thread float& bias)
+        {
+            const long place = batch * p.mask_strides[0] + head * p.mask_strides[1] + row * p.mask_strides[2] + column * p.mask_strides[3];
+            if (mask_type == BOOL) { return mask[place] != 0; }
+            bias = load_plain(mask, place, mask_type);
+            return bias != -INFINITY;
+        }
+
+        // Four random words: Philox4x32-10.
+        METAL_FUNC uint4 philox(uint4 counter, uint2 key)
+        {
+            for (int round = 0; round < 10; round++) {
+                const uint high0 = mulhi(0xD2511F53u, counter.x);
+                const uint low0 = 0xD2511F53u * counter.x;
+                const uint high1 = mulhi(0xCD9E8D57u, counter.z);
+                const uint low1 = 0xCD9E8D57u * counter.z;
+                counter = uint4(high1 ^ counter.y ^ key.x, low1, high0 ^ counter.w ^ key.y, low0);
+                key += uint2(0x9E3779B9u, 0xBB67AE85u);
+            }
+            return counter;
+        }
+
+        // What dropout multiplies the weights of two neighbouring columns with, the first of them even.
+        METAL_FUNC float2 dropout_of(constant Parameters& p, int batch, int head, int row, long column)
+        {
+            const uint stream = uint(batch) * uint(p.num_heads) + uint(head);
+            const uint4 words = philox(uint4(uint(column >> 2), uint(row), stream, p.dropout_offset), uint2(p.seed_low, p.seed_high));
+            const int first = column & 3;
+            return float2(p.drops_all || words[first] < p.drop_threshold ? 0.0f : p.kept_scale,
+                          p.drops_all || words[first + 1] < p.drop_threshold ? 0.0f : p.kept_scale);
+        }
+        #line 14 "attention_decode.metal"
+
+        constant constexpr int PART = 128;     // columns of a simdgroup
+        constant constexpr int TILE = 32;      // columns that are computed with together
+        constant constexpr int BLOCKS = TILE / 8;
+
+        // What a part knows of a row.
+        struct PartStatistics {
+            float largest;
+            float total;  // 0: nothing is attended; NaN: a score is not finite
+        };
+
+        // Where a row's first part lies in the arrays of parts.
+        METAL_FUNC long first_part(constant Parameters& p, int batch, int head, int row)
+        {
+            return statistic_of(p, batch, head, row) * ((p.seq_len_kv + PART - 1) / PART);
+        }
+
+        template <int CHANNELS, int ROW_BLOCKS>
+        [[kernel, max_total_threads_per_threadgroup(THREADS)]] void attention_decode(
+            constant Parameters& p [[buffer(0)]],
+            const device Sequence* sequences [[buffer(1)]],
+            const device uchar* query_data [[buffer(2)]],
+            const device uchar* key_data [[buffer(3)]],
+            const device uchar* value_data [[buffer(4)]],
+            const device uchar* mask [[buffer(7), function_constant(has_mask)]],
+            const device float* slopes [[buffer(8), function_constant(has_slopes)]],
+            const device float* query_scales [[buffer(10), function_constant(has_query_codes)]],
+            const device int* query_zero_points [[buffer(11), function_constant(has_query_codes)]],
+            const device float* key_scales [[buffer(12), function_constant(has_key_codes)]],
+            const device int* key_zero_points [[buffer(13), function_constant(has_key_codes)]],
+            const device float* key_means [[buffer(14), function_constant(has_key_codes)]],
+            const device float* value_scales [[buffer(15), function_constant(has_value_codes)]],
+            const device int* value_zero_points [[buffer(16), function_constant(has_value_codes)]],
+            device atomic_uint* flags [[buffer(27)]],
+            device float* part_outputs [[buffer(28)]],
+            device PartStatistics* part_statistics [[buffer(29)]],
+            uint3 group [[threadgroup_position_in_grid]],
+            uint index [[thread_index_in_threadgroup]],
+            ushort lane [[thread_index_in_simdgroup]],
+            ushort simdgroup [[simdgroup_index_in_threadgroup]])
+        {
+            constexpr int STRIDE = CHANNELS + 4;  // keeps neighbouring rows out of the same banks
+            constexpr int PACK = ROW_BLOCKS * 8;  // rows of a threadgroup
+            threadgroup float queries[PACK * STRIDE];
+
+            if (is_refused(p, flags)) { return; }
+            const Operand query = {query_data, query_scales, query_zero_points, query_scales, query_type};
+            const Operand key = {key_data, key_scales, key_zero_points, key_means, key_type};
+            const Operand value = {value_data, value_scales, value_zero_points, value_scales, value_type};
+            const int group_size = p.num_heads / p.num_kv_heads;
+            const int row_count = group_size * p.seq_len_q;
+            const int packs = (row_count + PACK - 1) / PACK;
+            const int batch = int(group.z);
+            const int kv_head = int(group.y) / packs;
+            const int first_row = int(group.y) % packs * PACK;
+            const Sequence sequence = sequences[batch];
+            const Place place = place_in_matrix(lane);
+
+            for (int element = int(index); element < PACK * CHANNELS; element += THREADS) {
+                const int packed = first_row + element / CHANNELS;
+                const int channel = element % CHANNELS;
+                const int head = kv_head * group_size + packed / p.seq_len_q;
+                queries[element / CHANNELS * STRIDE + channel] = packed < row_count && channel < p.head_dim
+                    ? load_element(query, p.query, batch, head, packed % p.seq_len_q, channel)
+                    : 0.0f;
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+
+            const int part = int(group.x) * SIMDGROUPS + simdgroup;
+            const long start = long(part) * PART;
+            const long end = min(start + PART, sequence.length);
+
+            simdgroup_float8x8 sums[ROW_BLOCKS * (CHANNELS / 8)];
+            uint poisoned[ROW_BLOCKS];  // a bit for each of this lane's elements of the output
+            float largest[ROW_BLOCKS];
+            float total[ROW_BLOCKS];
+            bool is_safe[ROW_BLOCKS];
+            for (int index = 0; index < ROW_BLOCKS * (CHANNELS / 8); index++) { sums[index] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+            for (int rows = 0; rows < ROW_BLOCKS; rows++) {
+                poisoned[rows] = 0;
+                largest[rows] = -INFINITY;
+                total[rows] = 0.0f;
+                is_safe[rows] = true;
+            }
+
+            for (long first = start; first < end; first += TILE) {
+                bool kept[ROW_BLOCKS * BLOCKS * 2];
+                float bias[ROW_BLOCKS * BLOCKS * 2];
+                bool any = false;
+                for (int element = 0; element < ROW_BLOCKS * BLOCKS * 2; element++) {
+                    const int packed = first_row + element / (BLOCKS * 2) * 8 + place.row;
+                    const int row = packed % p.seq_len_q;
+                    const long column = first + element % (BLOCKS * 2) / 2 * 8 + place.column + element % 2;
+                    const ColumnRange columns = columns_of_rows(p, sequence, row, 1);
+                    bool keep = packed < row_count && column >= columns.first && column < columns.end;
+                    bias[element] = 0.0f;
+                    if (has_mask && keep) {
+                        keep = mask_keeps(p, mask, batch, kv_head * group_size + packed / p.seq_len_q, row, column, bias[element]);
+                    }
+                    kept[element] = keep;
+                    any = any || keep;
+                }
+                if (!simd_any(any)) { continue; }
+
+                simdgroup_float8x8 scores[ROW_BLOCKS * BLOCKS];
+                for (int index = 0; index < ROW_BLOCKS * BLOCKS; index++) { scores[index] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f); }
+                for (int block = 0; block < CHANNELS / 8; block++) {
+                    for (int columns = 0; columns < BLOCKS; columns++) {
+                        float pair[2];
+                        for (int side = 0; side < 2; side++) {
+                            const long column = first + columns * 8 + place.column + side;
+                            const int channel = block * 8 + place.row;
+                            pair[side] = column < end && channel < p.head_dim
+                                ? load_element(key, p.key, batch, kv_head, int(column), channel)
+                                : 0.0f;
+                        }
+                        simdgroup_float8x8 keys;
+                        keys.thread_elements() = float2(pair[0], pair[1]);
+                        for (int rows = 0; rows < ROW_BLOCKS; rows++) {
+                            simdgroup_float8x8 query_matrix;
+                            simdgroup_load(query_matrix, queries + rows * 8 * STRIDE + block * 8, STRIDE);
+                            simdgroup_multiply_accumulate(
+                                scores[rows * BLOCKS + columns], query_matrix, keys, scores[rows * BLOCKS + columns]);
+                        }
+                    }
+                }
+
+                float change[ROW_BLOCKS];
+                for (int rows = 0; rows < ROW_BLOCKS; rows++) {
+                    const int packed = first_row + rows * 8 + place.row;
+                    const int row = packed % p.seq_len_q;
+                    const int head = kv_head * group_size + packed / p.seq_len_q;
+                    const float slope = has_slopes && packed < row_count ? slopes[head] : 0.0f;
+                    float tile_largest = largest[rows];
+                    for (int columns = 0; columns < BLOCKS; columns++) {
+                        for (int side = 0; side < 2; side++) {
+                            const int element = (rows * BLOCKS + columns) * 2 + side;
+                            float score = scores[rows * BLOCKS + columns].thread_elements()[side] * p.softmax_scale;
+                            is_safe[rows] = is_safe[rows] && (!kept[element] || isfinite(score));
+                            if (has_softcap) { score = p.softcap * precise::tanh(score / p.softcap); }
+                            if (has_mask) { score += bias[element]; }
+                            if (has_slopes) {
+                                const long column = first + columns * 8 + place.column + side;
+                                score -= slope * float(abs(row + sequence.offset - column));
+                            }
+                            is_safe[rows] = is_safe[rows] && (!kept[element] || isfinite(score));
+                            score = kept[element] ? score : -INFINITY;
+                            scores[rows * BLOCKS + columns].thread_elements()[side] = score;
+                            tile_largest = max(tile_largest, score);
+                        }
+                    }
+                    // The lanes whose numbers differ in these bits hold the same row.
+                    tile_largest = max(tile_largest, simd_shuffle_xor(tile_largest, 1));
+                    tile_largest = max(tile_largest, simd_shuffle_xor(tile_largest, 8));
+                    const float reference = tile_largest == -INFINITY ? 0.0f : tile_largest;
+                    change[rows] = fast::exp2((largest[rows] - reference) * M_LOG2E_F);
+                    largest[rows] = tile_largest;
+                    float tile_total = 0.0f;
+                    for (int columns = 0; columns < BLOCKS; columns++) {
+                        float2 pair;
+                        for (int side = 0; side < 2; side++) {
+                            const float score = scores[rows * BLOCKS + columns].thread_elements()[side];
+                            pair[side] = fast::exp2((score - reference) * M_LOG2E_F);
+                            tile_total += pair[side];
+                        }
+                        if (has_dropout) { pair *= dropout_of(p, batch, head, row, first + columns * 8 + place.column); }
+                        scores[rows * BLOCKS + columns].thread_elements() = pair;
+                    }
+                    total[rows] = total[rows] * change[rows] + tile_total;
+                }
+
+                for (int block = 0; block < CHANNELS / 8; block++) {
+                    simdgroup_float8x8 values[BLOCKS];
+                    bool is_finite = true;
+                    for (int columns = 0; columns < BLOCKS; columns++) {
+                        float pair[2];
+                        for (int side = 0; side < 2; side++) {
+                            const long column = first + columns * 8 + place.row;
+                            const int channel = block * 8 + place.column + side;
+                            pair[side] = column < end && channel < p.head_dim_v
+                                ? load_element(value, p.value, batch, kv_head, int(column), channel)
+                                : 0.0f;
+                            is_finite = is_finite && isfinite(pair[side]);
+                        }
+                        values[columns].thread_elements() = float2(pair[0], pair[1]);
+                    }
+                    const bool is_careful = simd_any(!is_finite);
+                    simdgroup_float8x8 wrong[BLOCKS];
+                    if (is_careful) {
+                        for (int columns = 0; columns < BLOCKS; columns++) {
+                            for (int side = 0; side < 2; side++) {
+                                const float real = values[columns].thread_elements()[side];
+                                wrong[columns].thread_elements()[side] = isfinite(real) ? 0.0f : 1.0f;
+                                values[columns].thread_elements()[side] = isfinite(real) ? real : 0.0f;
+                            }
+                        }
+                    }
+                    for (int rows = 0; rows < ROW_BLOCKS; rows++) {
+                        const int at = rows * (CHANNELS / 8) + block;
+                        sums[at].thread_elements() *= change[rows];
+                        for (int columns = 0; columns < BLOCKS; columns++) {
+                            simdgroup_multiply_accumulate(sums[at], scores[rows * BLOCKS + columns], values[columns], sums[at]);
+                        }
+                        if (is_careful) {
+                            simdgroup_float8x8 poison = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+                            for (int columns = 0; columns < BLOCKS; columns++) {
+                                const int element = (rows * BLOCKS + columns) * 2;
+                                simdgroup_float8x8 attended;
+                                attended.thread_elements() = float2(kept[element] ? 1.0f : 0.0f, kept[element + 1] ? 1.0f : 0.0f);
+                                simdgroup_multiply_accumulate(poison, attended, wrong[columns], poison);
+                            }
+                            for (int side = 0; side < 2; side++) {
+                                if (poison.thread_elements()[side] > 0.0f) { poisoned[rows] |= 1u << (block * 2 + side); }
+                            }
+                        }
+                    }
+                }
+            }
+
+            if (start >= end) { return; }
+            for (int rows = 0; rows < ROW_BLOCKS; rows++) {
+                const int packed = first_row + rows * 8 + place.row;
+                const float row_total = sum_of_row(total[rows]);
+                const bool row_is_safe = sum_of_row(is_safe[rows] ? 0.0f : 1.0f) == 0.0f;
+                if (packed >= row_count) { continue; }
+                const int head = kv_head * group_size + packed / p.seq_len_q;
+                const long at = first_part(p, batch, head, packed % p.seq_len_q) + part;
+                bool is_finite = row_is_safe;
+                for (int block = 0; block < CHANNELS / 8; block++) {
+                    for (int side = 0; side < 2; side++) {
+                        const int channel = block * 8 + place.column + side;
+                        const float sum = sums[rows * (CHANNELS / 8) + block].thread_elements()[side];
+                        is_finite = is_finite && isfinite(sum);
+                        const bool is_poisoned = (poisoned[rows] >> (block * 2 + side) & 1) != 0;
+                        if (channel < p.head_dim_v) { part_outputs[at * p.head_dim_v + channel] = is_poisoned ? NAN : sum; }
+                    }
+                }
+                if (place.column == 0) { part_statistics[at] = {largest[rows], row_is_safe ? row_total : NAN}; }
+                if (!is_finite) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+            }
+        }
+
+        template [[host_name("attention_decode_metal_64x8")]] [[kernel]] decltype(attention_decode<64, 1>) attention_decode<64, 1>;
+        template [[host_name("attention_decode_metal_64x32")]] [[kernel]] decltype(attention_decode<64, 4>) attention_decode<64, 4>;
+        template [[host_name("attention_decode_metal_128x8")]] [[kernel]] decltype(attention_decode<128, 1>) attention_decode<128, 1>;
+        template [[host_name("attention_decode_metal_128x32")]] [[kernel]] decltype(attention_decode<128, 4>) attention_decode<128, 4>;
+
+        // A threadgroup for each row; a thread for each channel.
+        [[kernel, max_total_threads_per_threadgroup(128)]] void attention_decode_merge_metal(
+            constant Parameters& p [[buffer(0)]],
+            const device Sequence* sequences [[buffer(1)]],
+            device uchar* output [[buffer(5)]],
+            device float* logsumexp [[buffer(6), function_constant(has_logsumexp)]],
+            const device float* sinks [[buffer(9), function_constant(has_sinks)]],
+            device atomic_uint* flags [[buffer(27)]],
+            const device float* part_outputs [[buffer(28)]],
+            const device PartStatistics* part_statistics [[buffer(29)]],
+            uint3 group [[threadgroup_position_in_grid]],
+            uint index [[thread_index_in_threadgroup]])
+        {
+            if (is_refused(p, flags)) { return; }
+            const int row = int(group.x);
+            const int head = int(group.y);
+            const int batch = int(group.z);
+            const int channel = int(index);
+            const int parts = int((sequences[batch].length + PART - 1) / PART);
+            const long first = first_part(p, batch, head, row);
+
+            float largest = -INFINITY;
+            float total = 0.0f;
+            bool is_safe = true;
+            if (has_sinks && sinks[head] != -INFINITY) {
+                largest = sinks[head];
+                total = 1.0f;
+                is_safe = isfinite(largest);
+            }
+            const float sink = largest;
+            for (int part = 0; part < parts; part++) { largest = max(largest, part_statistics[first + part].largest); }
+            if (total != 0.0f) { total = fast::exp2((sink - largest) * M_LOG2E_F); }
+            float sum = 0.0f;
+            for (int part = 0; part < parts; part++) {
+                const PartStatistics statistics = part_statistics[first + part];
+                if (statistics.total == 0.0f) { continue; }
+                const float weight = fast::exp2((statistics.largest - largest) * M_LOG2E_F);
+                total += statistics.total * weight;
+                if (channel < p.head_dim_v) {
+                    sum += part_outputs[(first + part) * p.head_dim_v + channel] * weight;
+                    is_safe = is_safe && !isinf(sum);
+                }
+            }
+            if (channel < p.head_dim_v) {
+                const float real = total == 0.0f ? 0.0f : sum * (1.0f / total);
+                store(output, row_of(p.output, batch, head, row) + channel * p.output.strides[3], is_safe ? real : NAN, output_type);
+            }
+            if (has_logsumexp && index == 0) {
+                logsumexp[statistic_of(p, batch, head, row)] = total == 0.0f ? -INFINITY : largest + precise::log(total);
+            }
+            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+        }
+
+        """#
+    static let attentionForward = #"""
+        // Forward attention: attention_forward_metal_32x32 and its like, for as many channels of the output as the first number says, and in the
+        // widest for blocks of them; the second number is the columns of a tile of keys and values.
+        //
+        // A threadgroup of four simdgroups computes 32 query rows of one head, 8 a simdgroup. Keys and values pass through threadgroup memory in tiles,
+        // converted to float on the way; those of FP16 or BF16 keep their type where all three operands have it (_fp16_, _bf16_), which changes no
+        // result: products are exact, and all sums float. Scores, weights and output stay in 8x8 matrices in registers. A row's maximum and sum run
+        // along with it, so no row of scores is ever whole. Columns that no row of the tile attends are not computed.
+        //
+        // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
+        // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
+        // attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
+
+        #line 1 "attention.h"
+        // What the kernels of attention share: how operands lie in memory, what a pipeline is specialised to, and the rules of scores.
+
+        #line 1 "tensors.h"
+        // How tensors lie in memory.
+
+        #include <metal_stdlib>
+        #include <metal_simdgroup_matrix>
+        using namespace metal;
+
+        // How elements lie in memory: the numbers of mfa.h.
+        constant constexpr int FP32 = 0;
+        constant constexpr int FP16 = 1;
+        constant constexpr int BF16 = 2;
+        constant constexpr int INT4 = 4;
+        constant constexpr int INT8 = 8;
+        constant constexpr int BOOL = 16;
+
+        // A tensor [batch, head, token, channel]; strides in elements (codes of INT4).
+        struct TensorView {
+            long strides[4];
+            long scale_strides[4];
+            long mean_strides[2];
+            int scale_tokens;    // that share a scale
+            int scale_channels;
+            int has_zero_points;
+            int has_means;
+        };
+
         // Where the rows of a sequence stand among its keys, and how many of these there are.
         struct Sequence {
             long offset;
             long length;
+        };
+
+        // An element as it lies in memory: a float, or a code.
+        METAL_FUNC float load_plain(const device uchar* data, long index, int type)
+        {
+            if (type == FP16) { return float(((const device half*)data)[index]); }
+            if (type == BF16) { return float(((const device bfloat*)data)[index]); }
+            return ((const device float*)data)[index];
+        }
+
+        METAL_FUNC int load_code(const device uchar* data, long row, long stride, int channel, int type)
+        {
+            if (type == INT8) { return ((const device char*)data)[row + channel * stride]; }
+            const uchar pair = data[(row + (channel - (channel & 1)) * stride) / 2];
+            const int nibble = (channel & 1) ? pair >> 4 : pair & 15;
+            return nibble >= 8 ? nibble - 16 : nibble;
+        }
+
+        // Where the first channel of a token lies.
+        METAL_FUNC long row_of(constant TensorView& view, int batch, int head, int token)
+        {
+            return batch * view.strides[0] + head * view.strides[1] + token * view.strides[2];
+        }
+
+        // Where the scale of an element lies.
+        METAL_FUNC long scale_of(constant TensorView& view, int batch, int head, int token, int channel)
+        {
+            return batch * view.scale_strides[0] + head * view.scale_strides[1] + (token / view.scale_tokens) * view.scale_strides[2]
+                + (channel / view.scale_channels) * view.scale_strides[3];
+        }
+
+        METAL_FUNC void store(device uchar* data, long index, float value, int type)
+        {
+            if (type == FP32) {
+                ((device float*)data)[index] = value;
+            } else if (type == FP16) {
+                ((device half*)data)[index] = half(value);
+            } else {
+                ((device bfloat*)data)[index] = bfloat(value);
+            }
+        }
+        #line 4 "attention.h"
+
+        constant int query_type [[function_constant(0)]];
+        constant int key_type [[function_constant(1)]];
+        constant int value_type [[function_constant(2)]];
+        constant int output_type [[function_constant(3)]];
+        constant bool has_logsumexp [[function_constant(4)]];
+        constant bool is_causal [[function_constant(5)]];
+        constant bool has_left_window [[function_constant(6)]];
+        constant bool has_right_window [[function_constant(7)]];
+        constant int mask_type [[function_constant(8)]];  // -1: no mask
+        constant bool has_softcap [[function_constant(9)]];
+        constant bool has_slopes [[function_constant(10)]];
+        constant bool has_sinks [[function_constant(11)]];
+        constant bool has_dropout [[function_constant(12)]];
+        constant bool is_deferred [[function_constant(30)]];  // nobody has checked the scales, and nobody will look for what needs care
+
+        constant bool has_mask = mask_type >= 0;
+        constant bool has_query_codes = query_type == INT8 || query_type == INT4;
+        constant bool has_key_codes = key_type == INT8 || key_type == INT4;
+        constant bool has_value_codes = value_type == INT8 || value_type == INT4;
+
+        constant constexpr int ROWS = 32;     // of a threadgroup
+        constant constexpr int COLUMNS = 32;  // of a tile
+        constant constexpr int THREADS = 128;
+        constant constexpr int SIMDGROUPS = 4;
+        constant constexpr int TOGETHER = 4;  // 8x8 blocks of the output whose products do not wait for each other
+
+        struct Parameters {
+            TensorView query;
+            TensorView key;
+            TensorView value;
+            TensorView output;
+            long mask_strides[4];
+            long window_left;
+            long window_right;
+            int batch_size;
+            int num_heads;
+            int num_kv_heads;
+            int seq_len_q;
+            int seq_len_kv;
+            int head_dim;
+            int head_dim_v;
+            float softmax_scale;
+            float softcap;
+            float kept_scale;      // 1 / (1 - dropout_p), 0 if everything is dropped
+            uint drop_threshold;   // a word below it drops its weight
+            uint drops_all;
+            uint seed_low;
+            uint seed_high;
+            uint dropout_offset;
+            uint heeds_refusal;  // write nothing if an operand could not be quantised
         };
 
         // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
@@ -1174,6 +1737,46 @@ enum KernelSources {
             if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
             const float real = unit * float(code - zero_point);
             return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
+        }
+
+        // An operand and what its codes mean.
+        struct Operand {
+            const device uchar* data;
+            const device float* scales;
+            const device int* zero_points;
+            const device float* means;
+            int type;
+        };
+
+        METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
+        {
+            return load_real(
+                operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
+        }
+
+        // Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
+        struct Place {
+            int row;
+            int column;
+        };
+
+        METAL_FUNC Place place_in_matrix(int lane)
+        {
+            const int quad = lane / 4;
+            return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
+        }
+
+        // Adds up what the four lanes of a row of a matrix hold.
+        METAL_FUNC float sum_of_row(float value)
+        {
+            value += simd_shuffle_xor(value, 1);
+            return value + simd_shuffle_xor(value, 8);
+        }
+
+        // Where a row's logsumexp, and the like, lies.
+        METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
+        {
+            return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
         }
 
         // Columns first <= j < end.
@@ -1569,6 +2172,12 @@ enum KernelSources {
             int has_means;
         };
 
+        // Where the rows of a sequence stand among its keys, and how many of these there are.
+        struct Sequence {
+            long offset;
+            long length;
+        };
+
         // An element as it lies in memory: a float, or a code.
         METAL_FUNC float load_plain(const device uchar* data, long index, int type)
         {
@@ -1767,7 +2376,7 @@ enum KernelSources {
 
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_means_metal(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             device float* means [[buffer(6)]],
             uint3 group [[threadgroup_position_in_grid]],
@@ -1778,7 +2387,7 @@ enum KernelSources {
             threadgroup float row[1024];
             const int batch = int(group.y);
             const int head = int(group.x);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             Double sums[SHARE];
             bool is_finite = true;
             for (int part = 0; part < SHARE; part++) { sums[part] = {0, 0, false}; }
@@ -1855,7 +2464,7 @@ enum KernelSources {
         template <int CHANNELS>
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_scan(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             const device float* means [[buffer(6), function_constant(is_smoothed)]],
             device atomic_uint* extremes [[buffer(7), function_constant(needs_extremes)]],
@@ -1868,7 +2477,7 @@ enum KernelSources {
             threadgroup float* row = rows + simdgroup * CHANNELS;
             const int batch = int(group.z);
             const int head = int(group.y);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             const bool has_scales_of_channels = p.output.scale_strides[3] != 0;
             bool is_finite = true;
             for (int step = 0; step < TOKENS; step++) {
@@ -1921,7 +2530,7 @@ enum KernelSources {
         template <int CHANNELS>
         [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_write(
             constant QuantizeParameters& p [[buffer(0)]],
-            const device long* lengths [[buffer(1)]],
+            const device Sequence* sequences [[buffer(1)]],
             const device uchar* input [[buffer(2)]],
             device uchar* output [[buffer(3)]],
             device float* scales [[buffer(4)]],
@@ -1938,7 +2547,7 @@ enum KernelSources {
             if (p.heeds_refusal && atomic_load_explicit(refused, memory_order_relaxed) != 0) { return; }
             const int batch = int(group.z);
             const int head = int(group.y);
-            const int count = int(lengths[batch]);
+            const int count = int(sequences[batch].length);
             for (int step = 0; step < TOKENS; step++) {
                 const int token = (int(group.x) * TOKENS + step) * SIMDGROUPS + simdgroup;
                 if (token >= p.seq_len) { break; }

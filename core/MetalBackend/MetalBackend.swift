@@ -161,10 +161,6 @@ public final class MetalBackend: Backend {
     public func encode(forward problem: AttentionProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
         try checkProcess()
         try memory.checkLocations(problem)
-        let options = problem.options
-        if options.quantizeQuery != nil || options.quantizeKey != nil || options.quantizeValue != nil {
-            throw .unsupported("operands that are quantised on the way in are not encoded in this version")
-        }
         guard let kernel = AttentionKernels.choose(problem, generation) else {
             throw .unsupported("\(AttentionKernels.obstacle(problem) ?? "this"): left to the CPU, which cannot be encoded")
         }

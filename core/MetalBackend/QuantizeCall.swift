@@ -74,17 +74,22 @@ struct QuantizePass {
         let rotated: Bool
     }
 
-    /// Quantises `input`, which lies at `source`, into `codes`; of each sequence so many tokens as `lengths` says. `refused` is set if a value
+    /// Quantises `input`, which lies at `source`, into `codes`; of each sequence so many tokens as `sequences` says, if that is given. `refused` is set if a value
     /// is not finite; with `checksFirst` nothing is written then, else what it reaches becomes NaN.
     init(
-        _ input: Tensor, at source: DeviceAddress, strides: Strides, into codes: Codes, lengths: [Int]?, refused: DeviceAddress,
+        _ input: Tensor, at source: DeviceAddress, strides: Strides, into codes: Codes, sequences: DeviceAddress?, refused: DeviceAddress,
         checksFirst: Bool, _ memory: DeviceMemory, _ library: inout KernelLibrary
     ) throws(MFAError) {
         var parameters = QuantizeParameters(TensorView(strides: long4(strides)), codes.view, input.shape)
         parameters.heedsRefusal = checksFirst ? 1 : 0
         let isByToken = codes.view.scaleTokens == 1 && codes.view.scaleStrides.2 != 0 && codes.view.scaleStrides.3 == 0
         var bindings = Bindings()
-        bindings[1] = try memory.copy((lengths ?? [Int](repeating: input.shape[2], count: input.shape[0])).map { Int64($0) })
+        if let sequences {
+            bindings[1] = sequences
+        } else {
+            let whole = Sequence(offset: 0, length: Int64(input.shape[2]))
+            bindings[1] = try memory.copy([Sequence](repeating: whole, count: input.shape[0]))
+        }
         bindings[2] = source
         bindings[3] = codes.data
         bindings[4] = codes.scales
@@ -217,7 +222,7 @@ struct QuantizeCall: DeviceCall {
         let (source, strides) = try memory.share(problem.input)
         let codes = try QuantizePass.Codes(writing: problem.output, &results, memory)
         pass = try QuantizePass(
-            problem.input, at: source, strides: strides, into: codes, lengths: nil, refused: flags.address(0), checksFirst: true, memory,
+            problem.input, at: source, strides: strides, into: codes, sequences: nil, refused: flags.address(0), checksFirst: true, memory,
             &library)
         self.results = results
     }

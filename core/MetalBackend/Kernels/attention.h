@@ -54,12 +54,6 @@ struct Parameters {
     uint heeds_refusal;  // write nothing if an operand could not be quantised
 };
 
-// Where the rows of a sequence stand among its keys, and how many of these there are.
-struct Sequence {
-    long offset;
-    long length;
-};
-
 // What kernels find that makes results mean nothing: CARE, that float is too narrow; the others, that an operand could not be quantised.
 constant constexpr int CARE = 0;
 constant constexpr int REFUSED_QUERY = 1;
@@ -87,6 +81,46 @@ METAL_FUNC float load_real(
     if (is_deferred && !(unit > 0.0f && unit < INFINITY)) { return NAN; }
     const float real = unit * float(code - zero_point);
     return view.has_means ? real + means[batch * view.mean_strides[0] + head * view.mean_strides[1] + channel] : real;
+}
+
+// An operand and what its codes mean.
+struct Operand {
+    const device uchar* data;
+    const device float* scales;
+    const device int* zero_points;
+    const device float* means;
+    int type;
+};
+
+METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
+{
+    return load_real(
+        operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
+}
+
+// Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
+struct Place {
+    int row;
+    int column;
+};
+
+METAL_FUNC Place place_in_matrix(int lane)
+{
+    const int quad = lane / 4;
+    return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
+}
+
+// Adds up what the four lanes of a row of a matrix hold.
+METAL_FUNC float sum_of_row(float value)
+{
+    value += simd_shuffle_xor(value, 1);
+    return value + simd_shuffle_xor(value, 8);
+}
+
+// Where a row's logsumexp, and the like, lies.
+METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
+{
+    return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
 }
 
 // Columns first <= j < end.

@@ -46,21 +46,6 @@ struct BackwardParameters {
     long grad_mask_strides[4];  // 0 where the mask broadcasts
 };
 
-// An operand and what its codes mean.
-struct Operand {
-    const device uchar* data;
-    const device float* scales;
-    const device int* zero_points;
-    const device float* means;
-    int type;
-};
-
-METAL_FUNC float load_element(const thread Operand& operand, constant TensorView& view, int batch, int head, int token, int channel)
-{
-    return load_real(
-        operand.data, operand.scales, operand.zero_points, operand.means, view, batch, head, token, channel, operand.type);
-}
-
 // A sum that keeps what rounding takes from it.
 struct Sum {
     float high;
@@ -74,25 +59,6 @@ METAL_FUNC void add(thread Sum& sum, float value)
     const float lost = (sum.high - (total - part)) + (value - part);
     sum.high = total;
     sum.low += lost;
-}
-
-// Where a lane's two elements of an 8x8 matrix are: the row, and the first of the columns.
-struct Place {
-    int row;
-    int column;
-};
-
-METAL_FUNC Place place_in_matrix(int lane)
-{
-    const int quad = lane / 4;
-    return {(quad & 4) + lane / 2 % 4, (quad & 2) * 2 + lane % 2 * 2};
-}
-
-// Adds up what the four lanes of a row of a matrix hold.
-METAL_FUNC float sum_of_row(float value)
-{
-    value += simd_shuffle_xor(value, 1);
-    return value + simd_shuffle_xor(value, 8);
 }
 
 // Eight tokens of an operand as matrices, from a channel on; 0 where there is none.
@@ -236,11 +202,6 @@ METAL_FUNC RowTile place_rows(
     tile.columns = columns_of_rows(p, sequences[batch], row, 1);
     tile.slope = has_slopes ? slopes[head] : 0.0f;
     return tile;
-}
-
-METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
-{
-    return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
 }
 
 // Which of a tile's columns a row attends, what the mask adds to their scores, and whether there is one.

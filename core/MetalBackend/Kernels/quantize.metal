@@ -170,7 +170,7 @@ METAL_FUNC void load_row(
 
 [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_means_metal(
     constant QuantizeParameters& p [[buffer(0)]],
-    const device long* lengths [[buffer(1)]],
+    const device Sequence* sequences [[buffer(1)]],
     const device uchar* input [[buffer(2)]],
     device float* means [[buffer(6)]],
     uint3 group [[threadgroup_position_in_grid]],
@@ -181,7 +181,7 @@ METAL_FUNC void load_row(
     threadgroup float row[1024];
     const int batch = int(group.y);
     const int head = int(group.x);
-    const int count = int(lengths[batch]);
+    const int count = int(sequences[batch].length);
     Double sums[SHARE];
     bool is_finite = true;
     for (int part = 0; part < SHARE; part++) { sums[part] = {0, 0, false}; }
@@ -258,7 +258,7 @@ METAL_FUNC Scale scale_for(Extremes extremes)
 template <int CHANNELS>
 [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_scan(
     constant QuantizeParameters& p [[buffer(0)]],
-    const device long* lengths [[buffer(1)]],
+    const device Sequence* sequences [[buffer(1)]],
     const device uchar* input [[buffer(2)]],
     const device float* means [[buffer(6), function_constant(is_smoothed)]],
     device atomic_uint* extremes [[buffer(7), function_constant(needs_extremes)]],
@@ -271,7 +271,7 @@ template <int CHANNELS>
     threadgroup float* row = rows + simdgroup * CHANNELS;
     const int batch = int(group.z);
     const int head = int(group.y);
-    const int count = int(lengths[batch]);
+    const int count = int(sequences[batch].length);
     const bool has_scales_of_channels = p.output.scale_strides[3] != 0;
     bool is_finite = true;
     for (int step = 0; step < TOKENS; step++) {
@@ -324,7 +324,7 @@ METAL_FUNC int encode(float value, Scale scale)
 template <int CHANNELS>
 [[kernel, max_total_threads_per_threadgroup(128)]] void quantize_write(
     constant QuantizeParameters& p [[buffer(0)]],
-    const device long* lengths [[buffer(1)]],
+    const device Sequence* sequences [[buffer(1)]],
     const device uchar* input [[buffer(2)]],
     device uchar* output [[buffer(3)]],
     device float* scales [[buffer(4)]],
@@ -341,7 +341,7 @@ template <int CHANNELS>
     if (p.heeds_refusal && atomic_load_explicit(refused, memory_order_relaxed) != 0) { return; }
     const int batch = int(group.z);
     const int head = int(group.y);
-    const int count = int(lengths[batch]);
+    const int count = int(sequences[batch].length);
     for (int step = 0; step < TOKENS; step++) {
         const int token = (int(group.x) * TOKENS + step) * SIMDGROUPS + simdgroup;
         if (token >= p.seq_len) { break; }

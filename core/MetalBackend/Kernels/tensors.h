@@ -23,6 +23,12 @@ struct TensorView {
     int has_means;
 };
 
+// Where the rows of a sequence stand among its keys, and how many of these there are.
+struct Sequence {
+    long offset;
+    long length;
+};
+
 // An element as it lies in memory: a float, or a code.
 METAL_FUNC float load_plain(const device uchar* data, long index, int type)
 {
