@@ -37,6 +37,7 @@ if not umfa.info()["devices"]["softmetal"]:
 
 sm_ffi = software_device.ffi
 sm = software_device.open_interface()
+DECODE = Sizes(batch=2, heads=4, kv_heads=2, rows=2, columns=300, channels=32, value_channels=32)
 SMALL = Sizes(batch=2, heads=2, kv_heads=1, rows=9, columns=40, channels=16, value_channels=24)
 
 
@@ -381,10 +382,11 @@ def test_run_backward__on_buffers_of_metal__is_computed_on_their_contents(contex
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
 @pytest.mark.parametrize("dtypes", [("float32",) * 3, ("int8", "int4", "float16")], ids=["float32", "mixed"])
 @pytest.mark.parametrize("option", [name for name in OPTIONS if not name.endswith("float64")])
-def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, context, arrays, queue):
-    made = problem_with(option, seed=3, sizes=SMALL, dtypes=dtypes)
+def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, sizes, context, arrays, queue):
+    made = problem_with(option, seed=3, sizes=sizes, dtypes=dtypes)
     expected, call = Call(made, arrays), Call(made, arrays)
     assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS, message(context)
     commands = sm.sm_command_queue_new_command_buffer(queue, 0)
@@ -594,14 +596,18 @@ def test_encode_forward__bad_scales__make_the_rows_that_they_reach_nan(dtype, na
         assert (np.isnan(call.logsumexp) == reached).all()
 
 
-def test_encode_forward__scores_beyond_float__are_nan(context, arrays, commands):
-    made = problem(np.random.default_rng(0), SMALL, scale=1e30)
+@pytest.mark.parametrize("size", [1e20, -1e20])
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
+def test_encode_forward__scores_beyond_float__are_nan(sizes, size, context, arrays, commands):
+    """Also those that are all -inf by arithmetic: such a row is not empty."""
+    made = problem(np.random.default_rng(0), sizes, scale=1e30)
     call = Call(made, arrays)
-    call.operands[0][0, 1, 4] = 1e20
+    call.operands[0][0, 1, 1] = size
+    call.operands[1][0] = np.abs(call.operands[1][0])
     assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
     run(commands)
-    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 4]]
-    assert np.isnan(call.output[0, 1, 4]).all()
+    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 1]]
+    assert np.isnan(call.output[0, 1, 1]).all()
 
 
 def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, arrays, commands):
