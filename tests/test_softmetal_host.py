@@ -37,6 +37,7 @@ if not umfa.info()["devices"]["softmetal"]:
 
 sm_ffi = software_device.ffi
 sm = software_device.open_interface()
+DECODE = Sizes(batch=2, heads=4, kv_heads=2, rows=2, columns=300, channels=32, value_channels=32)
 SMALL = Sizes(batch=2, heads=2, kv_heads=1, rows=9, columns=40, channels=16, value_channels=24)
 
 
@@ -175,6 +176,37 @@ class Call:
 
     def untouched(self) -> bool:
         return bool((self.output == 7).all() and (self.logsumexp == 7).all())
+
+
+class Gradients:
+    """All gradients of a call, in memory of the device, for a gradient of its output that depends on its shape alone."""
+
+    def __init__(self, call: Call, arrays: DeviceArrays, **words: Any):
+        put = arrays.put
+        rng = np.random.default_rng(7)
+        self.results: dict[str, np.ndarray] = {}
+        fields: dict[str, Any] = {"grad_output": native.tensor(put(rng.normal(size=call.output.shape).astype(np.float32)))}
+        fields["grad_logsumexp"] = put(rng.normal(size=call.logsumexp.shape).astype(np.float32))
+        for name in ("query", "key", "value", "mask"):
+            tensor = getattr(call.pointer, name)
+            if tensor and (name != "mask" or tensor.precision != native.BOOL):
+                shape = tuple(max(size, 1) for size in tensor.shape)
+                made = self.results[name] = put(np.full(shape, 7, np.float32))
+                fields[f"grad_{name}"] = native.tensor(made)
+        statistics = {"d_values": call.logsumexp.shape}
+        for name in ("sinks", "alibi_slopes"):
+            if getattr(call.pointer, name):
+                statistics[f"grad_{name}"] = call.logsumexp.shape[1:2]
+        for name, shape in statistics.items():
+            fields[name] = self.results[name] = put(np.full(shape, 7, np.float32))
+        self.descriptor = Descriptor("mfa_attention_gradients_t", **fields)
+
+    @property
+    def pointer(self) -> Any:
+        return self.descriptor.pointer
+
+    def untouched(self) -> bool:
+        return all((array == 7).all() for array in self.results.values())
 
 
 def run(commands: Any) -> None:
@@ -350,10 +382,11 @@ def test_run_backward__on_buffers_of_metal__is_computed_on_their_contents(contex
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
 @pytest.mark.parametrize("dtypes", [("float32",) * 3, ("int8", "int4", "float16")], ids=["float32", "mixed"])
 @pytest.mark.parametrize("option", [name for name in OPTIONS if not name.endswith("float64")])
-def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, context, arrays, queue):
-    made = problem_with(option, seed=3, sizes=SMALL, dtypes=dtypes)
+def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, sizes, context, arrays, queue):
+    made = problem_with(option, seed=3, sizes=sizes, dtypes=dtypes)
     expected, call = Call(made, arrays), Call(made, arrays)
     assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS, message(context)
     commands = sm.sm_command_queue_new_command_buffer(queue, 0)
@@ -364,6 +397,85 @@ def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, d
     sm.sm_release(commands)
     assert call.output.tobytes() == expected.output.tobytes()
     assert call.logsumexp.tobytes() == expected.logsumexp.tobytes()
+
+
+@pytest.mark.parametrize("dtypes", [("float32",) * 3, ("int8", "int4", "float16")], ids=["float32", "mixed"])
+@pytest.mark.parametrize("option", ["plain", "all", "mask_additive", "causal_offsets", "causal_lengths_lower_right", "dropout", "sinks"])
+def test_encode_backward__run_by_the_caller__is_what_run_backward_writes(option, dtypes, context, arrays, queue):
+    """Forward and backward in one command buffer: backward reads what forward writes."""
+    made = problem_with(option, seed=3, sizes=SMALL, dtypes=dtypes)
+    first, call = Call(made, arrays), Call(made, arrays)
+    expected, gradients = Gradients(first, arrays), Gradients(call, arrays)
+    assert lib.mfa_attention_run_forward(context, first.pointer) == SUCCESS
+    assert lib.mfa_attention_run_backward(context, first.pointer, expected.pointer) == SUCCESS, message(context)
+    commands = sm.sm_command_queue_new_command_buffer(queue, 0)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) == SUCCESS, message(context)
+    assert gradients.untouched()
+    run(commands)
+    sm.sm_release(commands)
+    assert len(gradients.results) >= 4
+    for name, result in gradients.results.items():
+        assert result.tobytes() == expected.results[name].tobytes(), name
+
+
+def test_encode_backward__memory_that_is_in_no_buffer__returns_5_and_names_it(context, arrays, commands):
+    call = Call(problem_with("all", sizes=SMALL), arrays)
+    for name in ("grad_output", "grad_query", "grad_key", "grad_value", "grad_mask"):
+        gradients = Gradients(call, arrays)
+        getattr(gradients.pointer, name).data = native.address(np.zeros(10000))
+        assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) == INVALID_ARGUMENT
+        assert f"`{name}` must lie in a buffer of the device" in message(context)
+    for name in ("grad_logsumexp", "d_values", "grad_sinks", "grad_alibi_slopes"):
+        gradients = Gradients(call, arrays)
+        setattr(gradients.pointer, name, native.address(np.zeros(1000)))
+        assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) == INVALID_ARGUMENT
+        assert f"`{name}` must lie in a buffer of the device" in message(context)
+    run(commands)
+
+
+def test_encode_backward__without_query_rows__returns_6(context, arrays, commands):
+    call = Call(problem(np.random.default_rng(0), SMALL), arrays)
+    gradients = Gradients(call, arrays)
+    for tensor in (call.pointer.query, call.pointer.output, gradients.pointer.grad_output, gradients.pointer.grad_query):
+        tensor.shape[2] = 0
+    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) == UNSUPPORTED
+    assert "gradients without query rows" in message(context)
+
+
+@pytest.mark.parametrize("option", ["plain", "causal_lengths_lower_right", "all"])
+@pytest.mark.parametrize("granularity", [0, 2, 4])
+def test_encode_forward__operands_quantised_on_the_way_in__is_what_run_forward_writes(granularity, option, context, arrays, commands):
+    made = problem_with(option, seed=3, sizes=SMALL)
+    expected, call = Call(made, arrays), Call(made, arrays)
+    scheme = Descriptor("mfa_quantization_scheme_t", precision=native.INT8, granularity=granularity)
+    for each in (expected, call):
+        each.pointer.quantize_query = each.pointer.quantize_key = each.pointer.quantize_value = scheme.pointer
+    assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS, message(context)
+    run(commands)
+    assert call.output.tobytes() == expected.output.tobytes()
+    assert call.logsumexp.tobytes() == expected.logsumexp.tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_encode_forward__values_that_cannot_be_quantised__make_the_rows_that_they_reach_nan(name, bad, context, arrays, commands):
+    made = problem(
+        np.random.default_rng(0), Sizes(batch=1, heads=2, kv_heads=2, rows=8, columns=8, channels=16, value_channels=16), causal=True
+    )
+    expected, call = Call(made, arrays), Call(made, arrays)
+    scheme = Descriptor("mfa_quantization_scheme_t", precision=native.INT8, granularity=2)
+    for each in (expected, call):
+        each.pointer.quantize_query = each.pointer.quantize_key = each.pointer.quantize_value = scheme.pointer
+    call.operands[("query", "key", "value").index(name)][0, 1, 5, 3] = bad
+    assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS, message(context)
+    run(commands)
+    reached = np.zeros((1, 2, 8), bool)
+    reached[0, 1, 5 : 6 if name == "query" else None] = True
+    assert (np.isnan(call.output).all(-1) == reached).all()
+    assert call.output[~reached].tobytes() == expected.output[~reached].tobytes()
 
 
 def test_encode_forward__first_tiles_that_a_mask_excludes__are_not_needed(context, arrays, commands):
@@ -484,14 +596,18 @@ def test_encode_forward__bad_scales__make_the_rows_that_they_reach_nan(dtype, na
         assert (np.isnan(call.logsumexp) == reached).all()
 
 
-def test_encode_forward__scores_beyond_float__are_nan(context, arrays, commands):
-    made = problem(np.random.default_rng(0), SMALL, scale=1e30)
+@pytest.mark.parametrize("size", [1e20, -1e20])
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
+def test_encode_forward__scores_beyond_float__are_nan(sizes, size, context, arrays, commands):
+    """Also those that are all -inf by arithmetic: such a row is not empty."""
+    made = problem(np.random.default_rng(0), sizes, scale=1e30)
     call = Call(made, arrays)
-    call.operands[0][0, 1, 4] = 1e20
+    call.operands[0][0, 1, 1] = size
+    call.operands[1][0] = np.abs(call.operands[1][0])
     assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
     run(commands)
-    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 4]]
-    assert np.isnan(call.output[0, 1, 4]).all()
+    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 1]]
+    assert np.isnan(call.output[0, 1, 1]).all()
 
 
 def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, arrays, commands):
@@ -517,9 +633,18 @@ def test_encode__what_the_kernels_cannot_serve__returns_6_with_the_reason(contex
     call.pointer.logsumexp = NULL
     assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == UNSUPPORTED
     assert "FP64: left to the CPU" in message(context)
+    gradients = Gradients(call, arrays)
+    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) in (
+        INVALID_ARGUMENT,
+        UNSUPPORTED,
+    )
     call = Call(made, arrays)
-    gradients = Descriptor("mfa_attention_gradients_t", grad_output=native.tensor(arrays.put(call.output)))
-    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) in (SUCCESS, UNSUPPORTED)
+    gradients = Gradients(call, arrays)
+    call.pointer.softmax_scale = 1e300
+    assert lib.mfa_attention_encode_backward(context, handle_of(commands), call.pointer, gradients.pointer) == UNSUPPORTED
+    assert "a softmax_scale or softcap beyond the range of float: left to the CPU, which cannot be encoded" in message(context)
+    run(commands)
+    assert gradients.untouched()
 
 
 def test_encode_forward__memory_that_is_in_no_buffer__returns_5_and_names_it(context, arrays, commands, rng):

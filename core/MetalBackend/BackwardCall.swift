@@ -54,11 +54,14 @@ struct BackwardCall: DeviceCall {
     }
 
     /// Takes all memory that the call needs, and reads the operands that have to be copied. The problem has query rows, and `serves` is true.
-    init(_ problem: BackwardProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary) throws(MFAError) {
+    /// Of a deferred call no operand has to be copied, and nothing is read.
+    init(
+        _ problem: BackwardProblem, _ memory: DeviceMemory, _ library: inout KernelLibrary, isDeferred: Bool = false
+    ) throws(MFAError) {
         let attention = problem.attention
         let gradients = problem.gradients
         var results = DeviceResults()
-        let arguments = try AttentionArguments(attention, memory, &library)
+        let arguments = try AttentionArguments(attention, memory, &library, isDeferred: isDeferred)
         var bindings = arguments.bindings
         let statistics = attention.rowCount * MemoryLayout<Float>.size
         let byHead = attention.numHeads * MemoryLayout<Float>.size
@@ -71,7 +74,7 @@ struct BackwardCall: DeviceCall {
         if let gradLogsumexp = gradients.gradLogsumexp { bindings[18] = try memory.share(gradLogsumexp, size: statistics) }
 
         // Integer kernels round the weights of their output: what it would give for d_values is too far off.
-        let kernelOptions = AttentionKernelOptions(attention)
+        let kernelOptions = AttentionKernelOptions(attention, isDeferred: isDeferred)
         var source = BackwardCall.recomputed
         if gradients.dValuesGiven {
             source = BackwardCall.given

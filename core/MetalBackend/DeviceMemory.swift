@@ -118,6 +118,24 @@ struct DeviceMemory {
         return (DeviceAddress(buffer: buffer, offset: 0), layout.strides)
     }
 
+    /// Refuses a backward problem with an array that the device does not see where it is.
+    func checkLocations(_ problem: BackwardProblem) throws(MFAError) {
+        try checkLocations(problem.attention)
+        let gradients = problem.gradients
+        for (name, tensor) in [
+            ("grad_output", gradients.gradOutput), ("grad_query", gradients.gradQuery), ("grad_key", gradients.gradKey),
+            ("grad_value", gradients.gradValue), ("grad_mask", gradients.gradMask),
+        ] {
+            try checkLocation(name, tensor)
+        }
+        let statistics = problem.attention.rowCount * problem.attention.statisticSize
+        let byHead = problem.attention.numHeads * problem.attention.statisticSize
+        try checkLocation("grad_logsumexp", gradients.gradLogsumexp, size: statistics)
+        try checkLocation("d_values", gradients.dValues, size: statistics)
+        try checkLocation("grad_sinks", gradients.gradSinks, size: byHead)
+        try checkLocation("grad_alibi_slopes", gradients.gradAlibiSlopes, size: byHead)
+    }
+
     /// Refuses a problem with an array that the device does not see where it is.
     func checkLocations(_ problem: AttentionProblem) throws(MFAError) {
         let options = problem.options

@@ -7,7 +7,7 @@ public import MFACore
 public import Metal
 import Support
 
-/// Computes forward attention on a GPU, all else on the CPU.
+/// Computes on a GPU what there are kernels for, and all else on the CPU.
 public final class MetalBackend: Backend {
     public let device: Device
     public let info: BackendInfo
@@ -170,7 +170,12 @@ public final class MetalBackend: Backend {
 
     public func encode(backward problem: BackwardProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
         try checkProcess()
-        throw .unsupported("gradients are not encoded in this version")
+        try memory.checkLocations(problem)
+        guard BackwardCall.serves(problem) else {
+            throw .unsupported("\(AttentionKernels.obstacle(problem.attention) ?? "FP64"): left to the CPU, which cannot be encoded")
+        }
+        if problem.attention.isEmpty { throw .unsupported("gradients without query rows: left to the CPU, which cannot be encoded") }
+        try encode(try BackwardCall(problem, memory, &kernels, isDeferred: true), into: pointer)
     }
 
     /// Records a call, and holds it until it has run.
@@ -184,7 +189,7 @@ public final class MetalBackend: Backend {
         commandBuffer.addCompletedHandler { _ in withExtendedLifetime(held) {} }
     }
 
-    // MARK: What the CPU computes
+    // MARK: Quantisation and merging
 
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
         try begin()

@@ -48,6 +48,7 @@ template <typename T, int CHANNELS, int TILE>
     const int first_value_channel = int(group.y) % value_blocks * CHANNELS;
     const int kv_head = head / (p.num_heads / p.num_kv_heads);
     const int first_row = int(group.x) * ROWS;
+    const int tile_channel = int(index) % CHANNELS;  // that this thread loads of every tile
 
     // The row and the first of the two columns of an 8x8 matrix that this lane holds.
     const int quad = lane / 4;
@@ -121,15 +122,12 @@ template <typename T, int CHANNELS, int TILE>
                 }
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (int element = int(index); element < TILE * CHANNELS; element += THREADS) {
-                const int column = element / CHANNELS;
-                const int channel = element % CHANNELS;
-                const bool exists = first + column < length && first_channel + channel < p.head_dim;
-                const float real = exists
-                    ? load_real(key, key_scales, key_zero_points, key_means, p.key, batch, kv_head, int(first) + column,
-                                first_channel + channel, key_type)
+            const int key_channel = first_channel + tile_channel;
+            for (int column = int(index) / CHANNELS; column < TILE; column += THREADS / CHANNELS) {
+                const float real = first + column < length && key_channel < p.head_dim
+                    ? load_real(key, key_scales, key_zero_points, key_means, p.key, batch, kv_head, int(first) + column, key_channel, key_type)
                     : 0.0f;
-                tile[column * STRIDE + channel] = T(real);
+                tile[column * STRIDE + tile_channel] = T(real);
             }
             threadgroup_barrier(mem_flags::mem_threadgroup);
             for (int column_block = 0; column_block < TILE / 8; column_block++) {
@@ -184,16 +182,14 @@ template <typename T, int CHANNELS, int TILE>
 
         threadgroup_barrier(mem_flags::mem_threadgroup);
         bool is_finite = true;
-        for (int element = int(index); element < TILE * CHANNELS; element += THREADS) {
-            const int column = element / CHANNELS;
-            const int channel = first_value_channel + element % CHANNELS;
-            const bool exists = first + column < length && channel < p.head_dim_v;
-            const float real = exists
-                ? load_real(value, value_scales, value_zero_points, value_scales, p.value, batch, kv_head, int(first) + column, channel,
+        const int value_channel = first_value_channel + tile_channel;
+        for (int column = int(index) / CHANNELS; column < TILE; column += THREADS / CHANNELS) {
+            const float real = first + column < length && value_channel < p.head_dim_v
+                ? load_real(value, value_scales, value_zero_points, value_scales, p.value, batch, kv_head, int(first) + column, value_channel,
                             value_type)
                 : 0.0f;
             is_finite = is_finite && isfinite(real);
-            tile[column * STRIDE + element % CHANNELS] = T(real);
+            tile[column * STRIDE + tile_channel] = T(real);
         }
         const bool simdgroup_is_finite = simd_all(is_finite);
         if (lane == 0) { votes[simdgroup] = !simdgroup_is_finite; }

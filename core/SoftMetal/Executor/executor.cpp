@@ -339,6 +339,7 @@ Fiber* make_fiber(Threadgroup* group, unsigned index) {
     fiber->lane = static_cast<int>(index % lanes);
     fiber->matrix_row = matrix_row(fiber->lane);
     fiber->matrix_column = matrix_column(fiber->lane);
+    fiber->matrix_element = fiber->matrix_row * 8 + fiber->matrix_column;
 #ifdef SOFTMETAL_THREAD_SANITIZER
     fiber->thread_sanitizer_fiber = __tsan_create_fiber(0);
 #endif
@@ -495,6 +496,7 @@ bool Threadgroup::run() {
     for (int index = 0; index < thread_count; index++) {
         Fiber* fiber = fibers[index];
         fiber->simdgroup = simdgroups[index / lanes];
+        fiber->matrices = fiber->simdgroup->present == ~0u ? fiber->simdgroup->matrices : nullptr;
         fiber->parity = 0;
         fiber->operation = Operation::none;
     }

@@ -86,6 +86,8 @@ struct Fiber {
     int lane;
     int matrix_row; // of the elements that the lane holds of a matrix, and the column of the first
     int matrix_column;
+    int matrix_element;    // the first of them in a matrix by rows
+    MatrixQueue* matrices; // NULL in a simdgroup that is not complete
     int parity;         // of the operations that the lane has met in
     unsigned index;
     Operation operation;
