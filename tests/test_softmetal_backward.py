@@ -16,8 +16,8 @@ from test_backward import NAMES, random_gradients, run_backward
 if not umfa.info()["devices"]["softmetal"]:
     pytest.skip("libsoftmetal is not built", allow_module_level=True)
 
-# About threads of the CPU; and about rows beside those that attend what is not finite: a forward call with such rows is computed anew by the
-# CPU as a whole, so that their last bits are others.
+# About threads of the CPU; and about the bits of rows beside those that attend what is not finite: a forward call with such rows is
+# computed anew by the CPU as a whole.
 LEFT_OUT = {
     "test_attention_backward__more_threads_than_processors__ends_with_the_same_bits",
     "test_attention_backward__any_number_of_threads_over_many_tiles__gives_the_same_bits",

@@ -609,7 +609,6 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
 {
     constexpr int CHANNELS = 64;
     threadgroup float tile[COLUMNS * (CHANNELS + 4)];
-    threadgroup int votes[SIMDGROUPS];
 
     constant Parameters& p = parameters.attention;
     if (is_refused(p, flags)) { return; }
@@ -646,13 +645,7 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
                     if (columns.first >= first + COLUMNS || columns.end <= first) { continue; }
                     bool kept[ELEMENTS];
                     float bias[ELEMENTS];
-                    const bool any = keep_columns(p, mask, rows, first, place.column, kept, bias);
-                    const bool simdgroup_attends = simd_any(any);
-                    threadgroup_barrier(mem_flags::mem_threadgroup);
-                    if (lane == 0) { votes[simdgroup] = simdgroup_attends; }
-                    threadgroup_barrier(mem_flags::mem_threadgroup);
-                    if ((votes[0] | votes[1] | votes[2] | votes[3]) == 0) { continue; }
-
+                    keep_columns(p, mask, rows, first, place.column, kept, bias);
                     simdgroup_float8x8 matrices[CHANNELS / 8];
                     simdgroup_float8x8 products[4];
                     simdgroup_float8x8 grad_products[4];
