@@ -3,6 +3,7 @@
 
 import SoftMetalLoader
 
+/// Our own: Core Foundation's, which is not here.
 public typealias CFTimeInterval = Double
 
 public struct MTLSize: Sendable {
@@ -24,7 +25,7 @@ public struct MTLResourceOptions: OptionSet, Sendable {
         self.rawValue = rawValue
     }
 
-    public static let storageModeShared = MTLResourceOptions([])
+    public static let storageModeShared: MTLResourceOptions = []
 }
 
 public enum MTLDataType: UInt, Sendable {
@@ -67,9 +68,9 @@ public enum MTLLanguageVersion: UInt, Sendable {
 }
 
 public final class MTLCompileOptions {
-    public var languageVersion = MTLLanguageVersion.version3_2
-    public var fastMathEnabled = true
-    public var mathMode = MTLMathMode.fast
+    public var languageVersion: MTLLanguageVersion = .version3_2
+    public var fastMathEnabled: Bool = true
+    public var mathMode: MTLMathMode = .fast
 
     public init() {}
 }
