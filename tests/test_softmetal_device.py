@@ -517,6 +517,8 @@ class TestReplay:
         answer = replay(program, recorded, order)
         assert answer.returncode == 0, answer.stderr
 
+    @pytest.mark.timeout(3600 if SANITIZER else 300)
+    @pytest.mark.skipif(SANITIZER == "address", reason="AddressSanitizer knows nothing of barriers")
     def test_every_barrier_is_needed(self, source, recorded, tmp_path):
         """Without any one of them there is another result, a report, or (with ThreadSanitizer) a race."""
         text = kept_source(source)

@@ -535,6 +535,7 @@ enum KernelSources {
             ushort lane [[thread_index_in_simdgroup]],
             ushort simdgroup [[simdgroup_index_in_threadgroup]])
         {
+            constexpr bool HOLDS = CHANNELS <= 64;  // the rows' operands in registers, while they last
             threadgroup float tile[COLUMNS * (CHANNELS + 4)];
             threadgroup int votes[SIMDGROUPS];
 
@@ -600,7 +601,7 @@ enum KernelSources {
                     clear(products, 4);
                     clear(grad_products, 4);
                     for (int block = 0; block < value_blocks; block++) {
-                        if (is_first || value_blocks > 1) {
+                        if (is_first || !HOLDS || value_blocks > 1) {
                             load_matrices<CHANNELS>(grad_output_matrices, grad_output, parameters.grad_output, batch, head, rows.row, rows.has_row,
                                                     block * CHANNELS, p.head_dim_v, place);
                         }
@@ -612,7 +613,7 @@ enum KernelSources {
                     // The block whose gradient is computed here comes last, and stays in the tile.
                     for (int step = 1; step <= channel_blocks; step++) {
                         const int block = (own_block + step) % channel_blocks;
-                        if (is_first || channel_blocks > 1) {
+                        if (is_first || !HOLDS || channel_blocks > 1) {
                             load_matrices<CHANNELS>(query_matrices, query, p.query, batch, head, rows.row, rows.has_row, block * CHANNELS,
                                                     p.head_dim, place);
                         }
@@ -686,6 +687,7 @@ enum KernelSources {
             ushort lane [[thread_index_in_simdgroup]],
             ushort simdgroup [[simdgroup_index_in_threadgroup]])
         {
+            constexpr bool HOLDS = CHANNELS <= 64;  // the columns' operands in registers, while they last
             threadgroup float tile[ROWS * (CHANNELS + 4)];
             threadgroup int votes[SIMDGROUPS];
 
@@ -748,7 +750,7 @@ enum KernelSources {
                     clear(products, 4);
                     clear(grad_products, 4);
                     for (int block = 0; block < value_blocks; block++) {
-                        if (is_first || value_blocks > 1) {
+                        if (is_first || !HOLDS || value_blocks > 1) {
                             load_matrices<CHANNELS>(
                                 value_matrices, value, p.value, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim_v, place);
                         }
@@ -761,7 +763,7 @@ enum KernelSources {
                     // The block whose gradient is computed here comes last, and stays in the tile.
                     for (int step = 1; step <= channel_blocks; step++) {
                         const int block = (own_block + step) % channel_blocks;
-                        if (is_first || channel_blocks > 1) {
+                        if (is_first || !HOLDS || channel_blocks > 1) {
                             load_matrices<CHANNELS>(
                                 key_matrices, key, p.key, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim, place);
                         }

@@ -282,6 +282,7 @@ template <int CHANNELS>
     ushort lane [[thread_index_in_simdgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]])
 {
+    constexpr bool HOLDS = CHANNELS <= 64;  // the rows' operands in registers, while they last
     threadgroup float tile[COLUMNS * (CHANNELS + 4)];
     threadgroup int votes[SIMDGROUPS];
 
@@ -347,7 +348,7 @@ template <int CHANNELS>
             clear(products, 4);
             clear(grad_products, 4);
             for (int block = 0; block < value_blocks; block++) {
-                if (is_first || value_blocks > 1) {
+                if (is_first || !HOLDS || value_blocks > 1) {
                     load_matrices<CHANNELS>(grad_output_matrices, grad_output, parameters.grad_output, batch, head, rows.row, rows.has_row,
                                             block * CHANNELS, p.head_dim_v, place);
                 }
@@ -359,7 +360,7 @@ template <int CHANNELS>
             // The block whose gradient is computed here comes last, and stays in the tile.
             for (int step = 1; step <= channel_blocks; step++) {
                 const int block = (own_block + step) % channel_blocks;
-                if (is_first || channel_blocks > 1) {
+                if (is_first || !HOLDS || channel_blocks > 1) {
                     load_matrices<CHANNELS>(query_matrices, query, p.query, batch, head, rows.row, rows.has_row, block * CHANNELS,
                                             p.head_dim, place);
                 }
@@ -433,6 +434,7 @@ template <int CHANNELS>
     ushort lane [[thread_index_in_simdgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]])
 {
+    constexpr bool HOLDS = CHANNELS <= 64;  // the columns' operands in registers, while they last
     threadgroup float tile[ROWS * (CHANNELS + 4)];
     threadgroup int votes[SIMDGROUPS];
 
@@ -495,7 +497,7 @@ template <int CHANNELS>
             clear(products, 4);
             clear(grad_products, 4);
             for (int block = 0; block < value_blocks; block++) {
-                if (is_first || value_blocks > 1) {
+                if (is_first || !HOLDS || value_blocks > 1) {
                     load_matrices<CHANNELS>(
                         value_matrices, value, p.value, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim_v, place);
                 }
@@ -508,7 +510,7 @@ template <int CHANNELS>
             // The block whose gradient is computed here comes last, and stays in the tile.
             for (int step = 1; step <= channel_blocks; step++) {
                 const int block = (own_block + step) % channel_blocks;
-                if (is_first || channel_blocks > 1) {
+                if (is_first || !HOLDS || channel_blocks > 1) {
                     load_matrices<CHANNELS>(
                         key_matrices, key, p.key, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim, place);
                 }
