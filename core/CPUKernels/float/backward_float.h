@@ -547,11 +547,14 @@ INLINE vector weight_of(vector x) {
     return e * *(vector*)&exponent;
 }
 
+/* What becomes of a tile's dot products. */
+enum { GRADIENTS, D_VALUES };
+
 /* For one row: dot products become weights, dP becomes the gradient of the scaled dot products. Both are 0 where the row attends nothing,
- * and stay as they are in columns behind the tile's last. `plain`: no option changes scores or weights; `whole`: every column is attended.
- */
-INLINE void differentiate_row(const cpu_attention* attention, const backward_workspace* workspace, int64_t row, const bool plain,
-                              const bool whole) {
+ * and stay as they are in columns behind the tile's last. Or, for D_VALUES: returns the sum of weights times dP. `plain`: no option changes
+ * scores or weights; `whole`: every column is attended. */
+INLINE real differentiate_row(const cpu_attention* attention, const backward_workspace* workspace, int64_t row, const int wanted,
+                              const bool plain, const bool whole) {
     const head_position* at = &workspace->position;
     const span columns = workspace->columns_of[row];
     const real scale = (real)attention->softmax_scale, softcap = plain ? 0 : softcap_of(attention);
@@ -568,8 +571,10 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
     }
     vector lane_columns;
     for (int lane = 0; lane < LANES; lane++) lane_columns[lane] = (real)lane;
+    vector sums = vector_of(0);
     for (int64_t column = 0; column < workspace->columns; column += LANES) {
         if (!whole && (columns.first >= column + LANES || columns.last <= column)) {
+            if (wanted == D_VALUES) continue;
             vector_store(weights + column, vector_of(0));
             vector_store(grad_scores + column, vector_of(0));
             continue;
@@ -594,6 +599,10 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
         vector weight = weight_of(score - logsumexp);
         vector gradient = vector_load(grad_scores + column);
         if (dropout) gradient *= vector_load(dropout + column);
+        if (wanted == D_VALUES) { /* not even behind the last column may anything else be added */
+            sums += vector_select(attended, weight * gradient, vector_of(0));
+            continue;
+        }
         gradient = weight * (gradient - offset);
         if (softcap > 0) gradient *= cap_slope;
         if (dropout) weight *= vector_load(dropout + column);
@@ -604,18 +613,35 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
         vector_store(weights + column, weight);
         vector_store(grad_scores + column, gradient);
     }
+    real sum = 0;
+    for (int lane = 0; lane < LANES && wanted == D_VALUES; lane++) sum += sums[lane];
+    return sum;
+}
+
+/* Whether no option changes the tile's scores or weights. */
+static bool is_plain(const cpu_attention* attention, const backward_workspace* workspace) {
+    return !(softcap_of(attention) > 0) && !workspace->masked && !attention->alibi_slopes && !workspace->dropout;
 }
 
 static void differentiate(const cpu_attention* attention, const backward_workspace* workspace) {
-    const bool plain = !(softcap_of(attention) > 0) && !workspace->masked && !attention->alibi_slopes && !workspace->dropout;
+    const bool plain = is_plain(attention, workspace);
     for (int64_t row = 0; row < workspace->rows; row++) {
         if (!plain) {
-            differentiate_row(attention, workspace, row, false, false);
+            differentiate_row(attention, workspace, row, GRADIENTS, false, false);
         } else if (workspace->full) {
-            differentiate_row(attention, workspace, row, true, true);
+            differentiate_row(attention, workspace, row, GRADIENTS, true, true);
         } else {
-            differentiate_row(attention, workspace, row, true, false);
+            differentiate_row(attention, workspace, row, GRADIENTS, true, false);
         }
+    }
+}
+
+/* Adds the tile's weights times dP to the sums of its rows, which lie where their offsets will. */
+static void add_to_d_values(const cpu_attention* attention, const backward_workspace* workspace) {
+    const bool plain = is_plain(attention, workspace);
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        workspace->offsets[row] += plain ? differentiate_row(attention, workspace, row, D_VALUES, true, false)
+                                         : differentiate_row(attention, workspace, row, D_VALUES, false, false);
     }
 }
 
@@ -656,6 +682,14 @@ static int64_t backward_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_kv_heads * column_tiles(attention);
 }
 
+/* The dot products of the tile's queries with its keys, and of its output gradients with its values. */
+static void multiply_rows_of_tile(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* query) {
+    multiply_by_panels(attention, workspace, query, attention->head_dim, workspace->query, workspace->pitch, workspace->key_panels,
+                       workspace->weights);
+    multiply_by_panels(attention, workspace, &attention->grad_output, attention->head_dim_v, workspace->grad_output, workspace->pitch_v,
+                       workspace->value_panels, workspace->grad_scores);
+}
+
 /* One tile of rows of the head at the workspace's position, against the item's columns. */
 static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t row_tile) {
     const head_position* at = &workspace->position;
@@ -673,9 +707,7 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
     const bool query_finite = load_tile(&query, at->b, at->h, workspace->first_row, workspace->rows, head_dim, workspace->query, pitch);
     const bool grad_output_finite = load_tile(&attention->grad_output, at->b, at->h, workspace->first_row, workspace->rows, head_dim_v,
                                               workspace->grad_output, pitch_v);
-    multiply_by_panels(attention, workspace, &query, head_dim, workspace->query, pitch, workspace->key_panels, workspace->weights);
-    multiply_by_panels(attention, workspace, &attention->grad_output, head_dim_v, workspace->grad_output, pitch_v, workspace->value_panels,
-                       workspace->grad_scores);
+    multiply_rows_of_tile(attention, workspace, &query);
     differentiate(attention, workspace);
     if (attention->grad_value.data) {
         if (!grad_output_finite) poison_columns(workspace, workspace->grad_output, pitch_v, head_dim_v, workspace->grad_value);
@@ -727,16 +759,12 @@ static void backward_run(const cpu_attention* attention, int64_t item, void* mem
 
 /* ---- d_values ------------------------------------------------------------------------------------------------------------------------ */
 
-/* From the output, where it is there: to recompute it is left to the reference kernels. */
-static bool d_values_serves(const cpu_attention* attention) {
-    return attention->output.data != NULL;
-}
-
 static int64_t d_values_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_heads * row_tiles(attention);
 }
 
 static size_t d_values_workspace_bytes(const cpu_attention* attention) {
+    if (!attention->output.data) return backward_workspace_bytes(attention);
     return (size_t)(2 * pitch_of(attention->head_dim_v) + COLUMN_TILE) * sizeof(real);
 }
 
@@ -751,13 +779,12 @@ static bool row_is_empty(const cpu_attention* attention, const head_position* po
     return !any;
 }
 
-static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
-    const int64_t tiles = row_tiles(attention), head = item / tiles, first_row = item % tiles * ROW_TILE;
-    const int64_t b = head / attention->num_heads, h = head % attention->num_heads;
-    const int64_t channels = attention->head_dim_v, pitch = pitch_of(channels);
-    const head_position position = locate_head(attention, b, h);
+/* From the output. */
+static void sum_products_with_output(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                                     real* memory) {
+    const int64_t channels = attention->head_dim_v, pitch = pitch_of(channels), b = position->b, h = position->h;
     real *output = memory, *grad_output = output + pitch, *additions = grad_output + pitch;
-    for (int64_t row = first_row; row < minimum(first_row + ROW_TILE, attention->seq_len_q); row++) {
+    for (int64_t row = first_row; row < first_row + rows; row++) {
         load_tile(&attention->output, b, h, row, 1, channels, output, pitch);
         load_tile(&attention->grad_output, b, h, row, 1, channels, grad_output, pitch);
         vector products = vector_of(0);
@@ -766,8 +793,48 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
         }
         real sum = 0;
         for (int lane = 0; lane < LANES; lane++) sum += products[lane];
-        if (sum - sum != 0 && row_is_empty(attention, &position, row, additions)) sum = 0;
-        set_statistic(attention, attention->d_values, head * attention->seq_len_q + row, sum);
+        if (sum - sum != 0 && row_is_empty(attention, position, row, additions)) sum = 0;
+        set_statistic(attention, attention->d_values, (b * attention->num_heads + h) * attention->seq_len_q + row, sum);
+    }
+}
+
+/* Without the output: one tile of rows against all columns. */
+static void sum_weighted_gradients(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                                   void* memory) {
+    backward_workspace workspace;
+    backward_layout(attention, memory, &workspace);
+    workspace.position = *position;
+    workspace.first_row = first_row;
+    workspace.rows = rows;
+    const cpu_tensor query = score_operand(&attention->query);
+    const int64_t statistic = (position->b * attention->num_heads + position->h) * attention->seq_len_q + first_row;
+    load_tile(&query, position->b, position->h, first_row, rows, attention->head_dim, workspace.query, workspace.pitch);
+    load_tile(&attention->grad_output, position->b, position->h, first_row, rows, attention->head_dim_v, workspace.grad_output,
+              workspace.pitch_v);
+    for (int64_t row = 0; row < rows; row++) {
+        workspace.logsumexp[row] = get_statistic(attention, attention->logsumexp, statistic + row);
+        workspace.offsets[row] = 0;
+    }
+    const span tiles = column_tiles_of(attention, position, first_row / ROW_TILE);
+    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
+        workspace.first_column = tile * column_tile(attention);
+        workspace.columns = minimum(column_tile(attention), position->keys - workspace.first_column);
+        if (!place_tile(attention, &workspace)) continue;
+        load_keys_and_values(attention, &workspace);
+        multiply_rows_of_tile(attention, &workspace, &query);
+        add_to_d_values(attention, &workspace);
+    }
+    for (int64_t row = 0; row < rows; row++) set_statistic(attention, attention->d_values, statistic + row, workspace.offsets[row]);
+}
+
+static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
+    const int64_t tiles = row_tiles(attention), head = item / tiles, first_row = item % tiles * ROW_TILE;
+    const head_position position = locate_head(attention, head / attention->num_heads, head % attention->num_heads);
+    const int64_t rows = minimum(ROW_TILE, attention->seq_len_q - first_row);
+    if (attention->output.data) {
+        sum_products_with_output(attention, &position, first_row, rows, memory);
+    } else {
+        sum_weighted_gradients(attention, &position, first_row, rows, memory);
     }
 }
 
@@ -788,7 +855,6 @@ const cpu_attention_kernel KERNEL_NAME(attention_backward, KERNEL_SUFFIX) = {
 
 const cpu_attention_kernel KERNEL_NAME(attention_d_values, KERNEL_SUFFIX) = {
     .name = "attention_d_values_" KERNEL_TEXT(KERNEL_SUFFIX),
-    .serves = d_values_serves,
     .item_count = d_values_items,
     .workspace_bytes = d_values_workspace_bytes,
     .run = d_values_run,

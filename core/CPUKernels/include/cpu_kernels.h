@@ -153,7 +153,7 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
 /* Kernels of FP32 arithmetic. They serve all operands but FP64. attention_backward writes those of grad_query, grad_key and grad_value that
- * are present, attention_d_values serves where the output is present. */
+ * are present. */
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_d_values_float_avx2;
 extern const cpu_attention_kernel attention_d_values_float_avx512;
