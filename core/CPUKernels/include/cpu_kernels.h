@@ -167,8 +167,16 @@ extern const cpu_attention_kernel attention_backward_float_neon;
 extern const cpu_attention_kernel attention_forward_float_neon;
 #endif
 
-/* Kernels that multiply codes as integers. */
+/* Kernels that multiply codes as integers. Backward: codes with one scale a row and no zero points. */
 #if defined(__x86_64__)
+extern const cpu_attention_kernel attention_d_values_int8_avx2;
+extern const cpu_attention_kernel attention_d_values_int8_avxvnni;
+extern const cpu_attention_kernel attention_d_values_int8_avx512;
+extern const cpu_attention_kernel attention_d_values_int8_avx512vnni;
+extern const cpu_attention_kernel attention_backward_int8_avx2;
+extern const cpu_attention_kernel attention_backward_int8_avxvnni;
+extern const cpu_attention_kernel attention_backward_int8_avx512;
+extern const cpu_attention_kernel attention_backward_int8_avx512vnni;
 extern const cpu_attention_kernel attention_forward_int8_avx2;
 extern const cpu_attention_kernel attention_forward_int8_avxvnni;
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
