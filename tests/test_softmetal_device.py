@@ -491,12 +491,12 @@ def program(source, tmp_path_factory):
 
 
 BARRIER = re.compile(r"(?:threadgroup|simdgroup)_barrier\(mem_flags::mem_threadgroup\);|\bWAIT;")
-KERNEL = re.compile(r"^\[\[kernel[^\n]*\]\] void (\w+)\(.*?^}$", re.MULTILINE | re.DOTALL)
+KERNEL_DEFINITION = re.compile(r"^\[\[kernel[^\n]*\]\] void (\w+)\(.*?^}$", re.MULTILINE | re.DOTALL)
 
 
 def without_barrier(text: str, barrier: re.Match[str]) -> tuple[str, str]:
     """A source without one barrier, and without the kernels that do not have it; and the pattern of names of those that do."""
-    kernels = list(KERNEL.finditer(text))
+    kernels = list(KERNEL_DEFINITION.finditer(text))
     inside = next((kernel for kernel in kernels if kernel.start() < barrier.start() < kernel.end()), None)
     mutated = text[: barrier.start()] + ";" + " " * (len(barrier[0]) - 1) + text[barrier.end() :]
     if inside is None:

@@ -170,3 +170,8 @@ public func MTLCreateSystemDefaultDevice() -> (any MTLDevice)? {
 public func softMetalLoadError() -> String {
     String(cString: softmetal_load_error())
 }
+
+/// Our own: that of Objective-C, which Metal brings along on a Mac. Here nothing is released later.
+public func autoreleasepool<Failure, Result>(invoking body: () throws(Failure) -> Result) throws(Failure) -> Result {
+    try body()
+}
