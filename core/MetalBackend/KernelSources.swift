@@ -152,6 +152,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -214,6 +215,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -1148,6 +1155,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -1210,6 +1218,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -1501,7 +1515,7 @@ enum KernelSources {
                     }
                 }
                 if (place.column == 0) { part_statistics[at] = {largest[rows], row_is_safe ? row_total : NAN}; }
-                if (!is_finite) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+                if (!is_finite) { ask_for_care(p, flags, batch, head, packed % p.seq_len_q); }
             }
         }
 
@@ -1560,7 +1574,7 @@ enum KernelSources {
             if (has_logsumexp && index == 0) {
                 logsumexp[statistic_of(p, batch, head, row)] = total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
-            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+            if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
         }
 
         """#
@@ -1575,7 +1589,7 @@ enum KernelSources {
         //
         // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
         // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-        // attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
+        // attended score, or a sum, is not finite, flags say for which row: its results mean nothing, and the caller computes it in a wider type.
 
         #line 1 "attention.h"
         // What the kernels of attention share: how operands lie in memory, what a pipeline is specialised to, and the rules of scores.
@@ -1710,6 +1724,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -1772,6 +1787,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -2067,7 +2088,7 @@ enum KernelSources {
                 const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
                 logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
-            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+            if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
         }
 
         template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;
