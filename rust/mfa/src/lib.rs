@@ -45,7 +45,7 @@ pub use context::{version, ContextBuilder, ContextInfo, Device, MfaContext};
 pub use element::{Element, Float, Int4Pair, Precision};
 pub use error::{Error, Result};
 pub use quantization::{
-    dequantize, Codes, Granularity, OperandScheme, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor,
+    dequantize, quantize_into, Codes, Granularity, OperandScheme, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor,
 };
 pub use statistics::{Statistics, StatisticsMut};
 pub use tensor::{TensorView, TensorViewMut};

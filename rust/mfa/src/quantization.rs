@@ -491,21 +491,12 @@ impl QuantizedTensor {
             channel_means: if scheme.smooth { Some(zeros(Granularity::Channel.scales(shape))?) } else { None },
             rotated: scheme.rotate,
         };
-        let quantization = sys::mfa_quantization_t {
-            scales: tensor.scales.as_mut_ptr(),
-            zero_points: tensor.zero_points.as_mut().map_or(std::ptr::null_mut(), |points| points.as_mut_ptr()),
-            channel_means: tensor.channel_means.as_mut().map_or(std::ptr::null_mut(), |means| means.as_mut_ptr()),
-            ..structure(tensor.granularity, tensor.rotated)
-        };
         let codes = match &mut tensor.codes {
-            Codes::Int8(codes) => TensorViewMut::new(codes, shape)?.raw,
-            Codes::Int4(codes) => TensorViewMut::new(codes, shape)?.raw,
+            Codes::Int8(codes) => TensorViewMut::new(codes, shape)?,
+            Codes::Int4(codes) => TensorViewMut::new(codes, shape)?,
         };
-        let output = sys::mfa_tensor_t { quantization: &quantization, ..codes.structure() };
-        let input = input.raw.structure();
-        // SAFETY: the structures describe memory that lives during the call, with as many elements as the shape and granularity take; codes,
-        // scales, zero points and means are this tensor's own.
-        check(Some(context), unsafe { sys::mfa_quantize(context.handle(), &input, &output) })?;
+        let (zero_points, channel_means) = (tensor.zero_points.as_deref_mut(), tensor.channel_means.as_deref_mut());
+        quantize_into(context, input, scheme, codes, &mut tensor.scales, zero_points, channel_means)?;
         Ok(tensor)
     }
 
@@ -698,6 +689,60 @@ impl QuantizedTensor {
         let numbers = self.scales.len() + self.zero_points.as_ref().map_or(0, Vec::len) + self.channel_means.as_ref().map_or(0, Vec::len);
         self.codes.bytes() + 4 * numbers
     }
+}
+
+/// Quantises `input`, of a float type and any strides, into memory of the caller's: codes of the scheme's precision, as many scales as its
+/// granularity takes, zero points exactly if it is asymmetric, and means `[batch, heads, channels]` exactly if it smooths.
+///
+/// # Errors
+///
+/// As [`QuantizedTensor::new`]; [`Error::InvalidArgument`] also for zero points or means that the scheme does not have, or lacks, and
+/// [`Error::InvalidDimensions`] for parts of another length.
+///
+/// ```
+/// use mfa::{MfaContext, QuantizationScheme, TensorView, TensorViewMut};
+///
+/// let (values, mut codes, mut scales) = ([1.0f32, -0.5, 0.25, 0.0], [0i8; 4], [0.0f32; 1]);
+/// let (input, output) = (TensorView::new(&values, [1, 1, 1, 4])?, TensorViewMut::new(&mut codes, [1, 1, 1, 4])?);
+/// mfa::quantize_into(&MfaContext::new()?, input, QuantizationScheme::int8(), output, &mut scales, None, None)?;
+/// assert_eq!(codes, [127, -64, 32, 0]);
+/// # mfa::Result::Ok(())
+/// ```
+pub fn quantize_into(
+    context: &MfaContext,
+    input: TensorView<'_>,
+    scheme: QuantizationScheme,
+    codes: TensorViewMut<'_>,
+    scales: &mut [f32],
+    zero_points: Option<&mut [i32]>,
+    channel_means: Option<&mut [f32]>,
+) -> Result<()> {
+    let refused = |argument: &str, words: &str| Err(Error::InvalidArgument(format!("mfa::quantize_into: {argument}: expected {words}")));
+    if codes.precision() != scheme.precision {
+        return refused("codes", "the precision of the scheme");
+    }
+    if zero_points.is_some() == scheme.symmetric {
+        return refused("zero_points", "some exactly if the scheme is asymmetric");
+    }
+    if channel_means.is_some() != scheme.smooth {
+        return refused("channel_means", "some exactly if the scheme smooths");
+    }
+    let shape = codes.shape();
+    let expected = scheme.granularity.scales(shape);
+    part("scales", Some(scales.len()), expected, shape)?;
+    part("zero_points", zero_points.as_ref().map(|points| points.len()), expected, shape)?;
+    part("channel_means", channel_means.as_ref().map(|means| means.len()), Granularity::Channel.scales(shape), shape)?;
+    let quantization = sys::mfa_quantization_t {
+        scales: scales.as_mut_ptr(),
+        zero_points: zero_points.map_or(std::ptr::null_mut(), <[i32]>::as_mut_ptr),
+        channel_means: channel_means.map_or(std::ptr::null_mut(), <[f32]>::as_mut_ptr),
+        ..structure(scheme.granularity, scheme.rotate)
+    };
+    let output = sys::mfa_tensor_t { quantization: &quantization, ..codes.raw.structure() };
+    let input = input.raw.structure();
+    // SAFETY: the structures describe memory that lives during the call; codes, scales, zero points and means are borrowed exclusively and
+    // have as many elements as shape and granularity take.
+    check(Some(context), unsafe { sys::mfa_quantize(context.handle(), &input, &output) })
 }
 
 /// Writes the real values that the codes of `input` stand for to `output`, of a float type.
