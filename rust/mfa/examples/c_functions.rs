@@ -1,7 +1,7 @@
 //! The C functions themselves, with contexts and buffers that free themselves: cargo run --example c_functions
 
-use mfa::sys::{mfa_attention_forward, MFA_PRECISION_FP32};
-use mfa::{create_buffers, MfaContext};
+use mfa::sys::{MFA_PRECISION_FP32, mfa_attention_forward};
+use mfa::{MfaContext, create_buffers};
 
 fn main() -> mfa::Result<()> {
     let (seq_len, head_dim) = (128, 64);

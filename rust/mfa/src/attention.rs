@@ -6,7 +6,7 @@ use std::ptr::{from_ref, null, null_mut};
 use mfa_sys as sys;
 
 use crate::context::static_text;
-use crate::error::{check, Error, Result};
+use crate::error::{Error, Result, check};
 use crate::quantization::{QuantizationConfig, QuantizationScheme};
 use crate::statistics::{Statistics, StatisticsMut};
 use crate::{MfaContext, Precision, TensorView, TensorViewMut};
@@ -785,16 +785,7 @@ pub fn merge<'o>(
     // SAFETY: the structures describe memory that lives during the call; the statistics have an element for each row of the output, whose
     // shape the library compares with the others. Output and logsumexp are borrowed exclusively.
     let status = unsafe {
-        sys::mfa_attention_merge(
-            context.handle(),
-            &first,
-            first_logsumexp,
-            &second,
-            second_logsumexp,
-            &output,
-            logsumexp,
-            precision.code(),
-        )
+        sys::mfa_attention_merge(context.handle(), &first, first_logsumexp, &second, second_logsumexp, &output, logsumexp, precision.code())
     };
     check(Some(context), status)
 }

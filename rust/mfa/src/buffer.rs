@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use mfa_sys as sys;
 
-use crate::error::{check, Error, Result};
+use crate::error::{Error, Result, check};
 use crate::tensor::Memory;
 use crate::{Element, MfaContext};
 

@@ -1,14 +1,14 @@
 //! Contexts: a device, its threads and its workspace.
 
 use std::cell::Cell;
-use std::ffi::{c_void, CStr};
+use std::ffi::{CStr, c_void};
 use std::marker::PhantomData;
 use std::ptr::NonNull;
 
 use mfa_sys as sys;
 
-use crate::error::{check, Error, Result};
 use crate::Precision;
+use crate::error::{Error, Result, check};
 
 /// Where attention is computed.
 ///

@@ -39,13 +39,13 @@ mod quantization;
 mod statistics;
 mod tensor;
 
-pub use attention::{merge, Alignment, Attention, Gradients, Operation, Partial};
-pub use buffer::{create_buffers, Buffers, MfaBuffer};
-pub use context::{version, ContextBuilder, ContextInfo, Device, MfaContext};
+pub use attention::{Alignment, Attention, Gradients, Operation, Partial, merge};
+pub use buffer::{Buffers, MfaBuffer, create_buffers};
+pub use context::{ContextBuilder, ContextInfo, Device, MfaContext, version};
 pub use element::{Element, Float, Int4Pair, Precision};
 pub use error::{Error, Result};
 pub use quantization::{
-    dequantize, quantize_into, Codes, Granularity, OperandScheme, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor,
+    Codes, Granularity, OperandScheme, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor, dequantize, quantize_into,
 };
 pub use statistics::{Statistics, StatisticsMut};
 pub use tensor::{TensorView, TensorViewMut};

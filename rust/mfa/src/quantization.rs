@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 
 use mfa_sys as sys;
 
-use crate::error::{check, Error, Result};
+use crate::error::{Error, Result, check};
 use crate::tensor::RawTensor;
 use crate::{Int4Pair, MfaContext, Precision, TensorView, TensorViewMut};
 
@@ -91,19 +91,11 @@ impl Granularity {
     }
 
     fn block_size(self) -> u32 {
-        if let Self::Block(size) = self {
-            size.get()
-        } else {
-            0
-        }
+        if let Self::Block(size) = self { size.get() } else { 0 }
     }
 
     fn group_size(self) -> u32 {
-        if let Self::Group(size) = self {
-            size.get()
-        } else {
-            0
-        }
+        if let Self::Group(size) = self { size.get() } else { 0 }
     }
 }
 

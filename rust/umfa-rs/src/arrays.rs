@@ -100,12 +100,8 @@ impl<'py> Array<'py> {
     }
 
     fn wrong_axes(&self, function: &str, name: &str, layout: Layout) -> PyErr {
-        let four =
-            if layout == Layout::Bhsd { "[batch, heads, tokens, channels]" } else { "[batch, tokens, heads, channels]" };
-        let words = format!(
-            "{name}: expected {four}, [batch, tokens, channels] or [tokens, channels], got {} axes",
-            self.shape.len()
-        );
+        let four = if layout == Layout::Bhsd { "[batch, heads, tokens, channels]" } else { "[batch, tokens, heads, channels]" };
+        let words = format!("{name}: expected {four}, [batch, tokens, channels] or [tokens, channels], got {} axes", self.shape.len());
         wrong_sizes(self.py(), function, &words)
     }
 
@@ -207,12 +203,12 @@ fn untyped<'py>(function: &str, name: &str, object: &Bound<'py, PyAny>) -> PyRes
         return Err(wrong_type(object, function, name, expected));
     }
     if object.get_type().name()? == "MaskedArray" {
-        let words = format!("{name}: expected an array without a mask of its own; use .filled(), and mask= for attention");
-        return Err(wrong_value(py, function, &words));
+        return Err(wrong_type(object, function, name, "an array without a mask of its own; use .filled(), and mask= for attention"));
     }
-    let numpy = numpy::get_array_module(py)?;
+    let numpy = py.import("numpy")?;
     let offers = ["__array_interface__", "__array_struct__", "__array__", "__buffer__"];
-    let has_array = offers.iter().any(|offer| object.hasattr(*offer).unwrap_or(false)) || pyo3::buffer::PyUntypedBuffer::get(object).is_ok();
+    let has_array =
+        offers.iter().any(|offer| object.hasattr(*offer).unwrap_or(false)) || pyo3::buffer::PyUntypedBuffer::get(object).is_ok();
     let converter = if !has_array && object.hasattr("__dlpack__")? { "from_dlpack" } else { "asarray" };
     if !has_array && converter == "asarray" {
         return Err(wrong_type(object, function, name, expected));
@@ -235,7 +231,7 @@ pub fn empty_int32<'py>(py: Python<'py>, shape: &[usize]) -> PyResult<Array<'py>
 
 fn allocated<'py>(py: Python<'py>, shape: &[usize], dtype: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
     let shape = PyTuple::new(py, shape)?;
-    numpy::get_array_module(py)?.call_method1("empty", (shape, dtype)).map_err(|error| {
+    py.import("numpy")?.call_method1("empty", (shape, dtype)).map_err(|error| {
         crate::errors::exception(py, "OutOfMemoryError", format!("umfa_rs: memory for a result could not be had: {error}"))
     })
 }
@@ -255,7 +251,7 @@ pub fn numbers<'py>(
     shape: &[usize],
 ) -> PyResult<Array<'py>> {
     let py = values.py();
-    let numpy = numpy::get_array_module(py)?;
+    let numpy = py.import("numpy")?;
     let expected = format!("{} of shape {shape:?}", if dtype == "int64" { "whole numbers" } else { "real numbers" });
     if values.is_instance_of::<PyString>() || values.is_instance_of::<PyBytes>() {
         return Err(wrong_type(values, function, name, &expected));
@@ -295,7 +291,7 @@ pub fn part<'py>(function: &str, name: &str, values: &Bound<'py, PyAny>, dtype: 
         return Err(wrong_sizes(values.py(), function, &words));
     }
     // "C": not `ascontiguousarray`, which gives a number without axes one.
-    let array = numpy::get_array_module(values.py())?.call_method1("require", (array, values.py().None(), "C"))?;
+    let array = values.py().import("numpy")?.call_method1("require", (array, values.py().None(), "C"))?;
     if dtype == "int32" { of_integers(&array) } else { Array::of(function, name, &array) }
 }
 

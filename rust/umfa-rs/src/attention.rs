@@ -232,11 +232,7 @@ fn statistics<'a>(function: &str, name: &str, array: &'a Array<'_>) -> PyResult<
 unsafe fn new_statistics<'a>(array: &Array<'_>) -> StatisticsMut<'a> {
     // SAFETY: the caller's promise; the precision says what the elements are.
     unsafe {
-        if array.precision == Some(Precision::Fp64) {
-            StatisticsMut::Fp64(new_slice(array))
-        } else {
-            StatisticsMut::Fp32(new_slice(array))
-        }
+        if array.precision == Some(Precision::Fp64) { StatisticsMut::Fp64(new_slice(array)) } else { StatisticsMut::Fp32(new_slice(array)) }
     }
 }
 

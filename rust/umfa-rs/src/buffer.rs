@@ -134,15 +134,17 @@ impl MfaBuffer {
     ) -> PyResult<Bound<'py, PyAny>> {
         let function = "MfaBuffer.array";
         let memory = self.open(py, "array")?;
-        let numpy = numpy::get_array_module(py)?;
+        let numpy = py.import("numpy")?;
         let dtype = match dtype {
-            Some(given) => {
-                numpy.call_method1("dtype", (given,)).map_err(|_| wrong_type(given, function, "dtype", "a dtype"))?
-            }
+            Some(given) => numpy.call_method1("dtype", (given,)).map_err(|_| wrong_type(given, function, "dtype", "a dtype"))?,
             None => numpy.call_method1("dtype", ("float32",))?,
         };
         if dtype.getattr("hasobject")?.is_truthy()? {
             return Err(wrong_type(&dtype, function, "dtype", "plain numbers"));
+        }
+        // NumPy takes a negative one, and reads before the memory's begin.
+        if offset < 0 {
+            return Err(wrong_sizes(py, function, &format!("offset: expected at least 0, got {offset}")));
         }
         let options = PyDict::new(py);
         options.set_item("buffer", &memory)?;

@@ -96,7 +96,6 @@ fn scales_shape(granularity: Granularity, shape: [usize; 4]) -> Vec<usize> {
 pub struct QuantizationScheme {
     precision: Precision,
     granularity: Granularity,
-    /// True after `granularity=None`: not for comparisons, only the outcome counts.
     #[pyo3(get)]
     symmetric: bool,
     #[pyo3(get)]
@@ -119,9 +118,8 @@ impl QuantizationScheme {
     ) -> PyResult<Self> {
         let is_int4 = choice(function, "dtype", dtype, &DTYPES)? == 1;
         let token = PyString::new(dtype.py(), "token").into_any();
-        let truth = |name: &str, value: Option<&Bound<'_, PyAny>>, default: bool| {
-            value.map_or(Ok(default), |value| flag(function, name, value))
-        };
+        let truth =
+            |name: &str, value: Option<&Bound<'_, PyAny>>, default: bool| value.map_or(Ok(default), |value| flag(function, name, value));
         Ok(Self {
             precision: if is_int4 { Precision::Int4 } else { Precision::Int8 },
             granularity: granularity_of(function, granularity.unwrap_or(&token), block_size, group_size)?,
@@ -132,8 +130,7 @@ impl QuantizationScheme {
     }
 
     fn scheme(&self) -> mfa::QuantizationScheme {
-        let scheme =
-            if self.precision == Precision::Int4 { mfa::QuantizationScheme::int4() } else { mfa::QuantizationScheme::int8() };
+        let scheme = if self.precision == Precision::Int4 { mfa::QuantizationScheme::int4() } else { mfa::QuantizationScheme::int8() };
         scheme.granularity(self.granularity).symmetric(self.symmetric).smooth(self.smooth).rotate(self.rotate)
     }
 }
@@ -369,6 +366,11 @@ impl QuantizedTensor {
     }
 }
 
+/// A view of an array of the user's, which he can neither resize nor give another shape.
+fn view_of(array: &Array<'_>) -> PyResult<Py<PyAny>> {
+    Ok(array.object.as_any().call_method0("view")?.unbind())
+}
+
 fn floats<'a>(array: &'a Array<'_>) -> &'a [f32] {
     array.slice::<f32>().unwrap_or(&[])
 }
@@ -427,16 +429,15 @@ impl QuantizedTensor {
         let granularity = granularity_of(function, granularity.unwrap_or(&token), block_size, group_size)?;
         let four = layout.four(&shape, 1).ok_or_else(|| wrong_sizes(py, function, "data: expected 2 to 4 axes"))?;
         let expected = scales_shape(granularity, four);
-        let part = |name: &str, values: &Bound<'py, PyAny>, dtype: &str, shape: &[usize]| {
-            Ok::<_, PyErr>(part(function, name, values, dtype, shape)?.object.into_any().unbind())
-        };
+        let part =
+            |name: &str, values: &Bound<'py, PyAny>, dtype: &str, shape: &[usize]| view_of(&part(function, name, values, dtype, shape)?);
         let means_shape = [four[0], four[1], four[3]];
         Ok(Self {
             precision,
             scales: part("scales", scales, "float32", &expected)?,
             zero_points: zero_points.map(|points| part("zero_points", points, "int32", &expected)).transpose()?,
             channel_means: channel_means.map(|means| part("channel_means", means, "float32", &means_shape)).transpose()?,
-            data: data.object.into_any().unbind(),
+            data: view_of(&data)?,
             shape,
             granularity,
             rotated: rotated.map_or(Ok(false), |rotated| flag(function, "rotated", rotated))?,
@@ -446,26 +447,26 @@ impl QuantizedTensor {
 
     /// The codes.
     #[getter]
-    fn data<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
-        self.data.bind(py).clone()
+    fn data<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.data.bind(py).call_method0("view")
     }
 
     /// The scales, float32; their shape says the granularity.
     #[getter]
-    fn scales<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
-        self.scales.bind(py).clone()
+    fn scales<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        self.scales.bind(py).call_method0("view")
     }
 
     /// The zero points, int32, of the shape of `scales`; None for a symmetric tensor.
     #[getter]
-    fn zero_points<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        self.zero_points.as_ref().map(|points| points.bind(py).clone())
+    fn zero_points<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.zero_points.as_ref().map(|points| points.bind(py).call_method0("view")).transpose()
     }
 
     /// What smoothing subtracted, float32; None for a tensor that is not smoothed.
     #[getter]
-    fn channel_means<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
-        self.channel_means.as_ref().map(|means| means.bind(py).clone())
+    fn channel_means<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.channel_means.as_ref().map(|means| means.bind(py).call_method0("view")).transpose()
     }
 
     /// The shape of the tensor that the codes stand for.
@@ -570,9 +571,9 @@ impl QuantizedTensor {
 ///     Codes of the layout of `x`.
 #[pyfunction]
 #[pyo3(signature = (x, dtype = None, granularity = None, block_size = None, group_size = None, symmetric = None, smooth = None,
-                    rotate = None, layout = None, context = None),
+                    rotate = None, layout = None, *, context = None),
        text_signature = "(x, dtype='int8', granularity=None, block_size=None, group_size=None, symmetric=None, smooth=False, \
-                         rotate=False, layout='bhsd', context=None)")]
+                         rotate=False, layout='bhsd', *, context=None)")]
 #[allow(clippy::too_many_arguments)] // those of the Python function
 pub fn quantize<'py>(
     py: Python<'py>,
