@@ -21,6 +21,7 @@ from pathlib import Path
 import debian_crates
 from build_library import BuildError, build_library
 from debian_crates import LeftOutError
+from environment import VENV
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKSPACE = ROOT / "rust"
@@ -48,6 +49,7 @@ def prepared() -> Iterator[dict[str, str]]:
     with (SCRATCH / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         environment = {"CARGO_TARGET_DIR": str(SCRATCH / "target"), **os.environ}
+        environment["PATH"] = f"{VENV / 'bin'}:{environment.get('PATH', '')}"
         if "MFA_LIB_DIR" not in environment:
             environment["MFA_LIB_DIR"] = str(build_library().parent)
         if registry_serves():

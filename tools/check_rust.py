@@ -25,7 +25,6 @@ STEPS = {
     "format": ["fmt", "--all", "--check"],
     "lints": ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"],
     "tests": ["test", "--quiet", *CRATES],
-    "documentation": ["doc", "--quiet", "--no-deps", *CRATES],
     "cost": ["bench", "--quiet", "--package", "mfa", "--bench", "overhead", "--", "--check"],
     **{
         f"example {name}": ["run", "--quiet", "--package", "mfa", "--example", name]
@@ -42,17 +41,13 @@ def check(environment: dict[str, str]) -> None:
     """Run all steps."""
     for name, arguments in STEPS.items():
         print(f"check_rust: {name}", file=sys.stderr)
-        if cargo.run(["cargo", *arguments], environment, RUSTDOCFLAGS="--deny warnings") != 0:
+        if cargo.run(["cargo", *arguments], environment) != 0:
             raise CheckError(f"{name} failed: cargo {' '.join(arguments)}")
-    check_documentation_without_library(environment)
-
-
-def check_documentation_without_library(environment: dict[str, str]) -> None:
-    """Documentation is made where neither the library nor Swift is."""
-    print("check_rust: documentation without the library", file=sys.stderr)
-    others = {"DOCS_RS": "1", "MFA_LIB_DIR": "/nowhere", "CARGO_TARGET_DIR": str(cargo.SCRATCH / "target-documentation")}
-    if cargo.run(["cargo", "doc", "--quiet", "--no-deps", "--package", "mfa"], environment, **others) != 0:
-        raise CheckError("documentation cannot be made without the library")
+    # Where documentation is made there may be neither the library nor Swift.
+    print("check_rust: documentation", file=sys.stderr)
+    others = {"DOCS_RS": "1", "MFA_LIB_DIR": "/nowhere", "RUSTDOCFLAGS": "--deny warnings"}
+    if cargo.run(["cargo", "doc", "--quiet", "--no-deps", *CRATES], environment, **others) != 0:
+        raise CheckError("the documentation cannot be made without the library")
 
 
 def check_module(environment: dict[str, str]) -> None:
@@ -80,8 +75,8 @@ def main() -> None:
         with cargo.prepared() as environment:
             if arguments:
                 sys.exit(cargo.run(["cargo", "test", *CRATES, *arguments], environment))
-            check(environment)
             check_module(environment)
+            check(environment)
             by_debian = "CARGO_HOME" in environment and Path(environment["CARGO_HOME"]) == debian_crates.HOME
         if by_debian:
             debian_crates.check()

@@ -21,6 +21,7 @@ fn build() -> Result<(), String> {
     let header = manifest.join("mfa.h");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed={}", header.display());
+    println!("cargo::rerun-if-env-changed=DOCS_RS");
     println!("cargo::rerun-if-env-changed=MFA_LIB_DIR");
     println!("cargo::rerun-if-env-changed=LIBCLANG_PATH");
     write_bindings(&header, &out.join("bindings.rs"))?;

@@ -3,7 +3,7 @@
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=UMFA_RS_RELOCATABLE");
-    let Some(folder) = std::env::var_os("DEP_MFA_LIB_DIR") else {
+    let Some(folder) = std::env::var_os("DEP_MFA_LIB_DIR").map(std::path::PathBuf::from) else {
         return; // documentation, which is not linked
     };
     // A wheel must not look where it was made; maturin puts the library into it and the path to it.

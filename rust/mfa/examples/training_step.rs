@@ -30,7 +30,7 @@ fn main() -> mfa::Result<()> {
             .value(TensorViewMut::new(&mut grad_value, shape)?);
         attention.backward(&context, query, keys, values, &logsumexp, gradients)?;
         for (parameter, gradient) in key.iter_mut().zip(&grad_key).chain(value.iter_mut().zip(&grad_value)) {
-            *parameter -= 0.5 * gradient;
+            *parameter -= 0.02 * gradient;
         }
     }
     Ok(())

@@ -1,5 +1,7 @@
 //! Attention and its gradients against the formulas in f64, on problems that proptest draws: sizes, strides, types, options.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is a failure
+
 use half::{bf16, f16};
 use mfa::{Alignment, Attention, Device, Gradients, MfaContext, QuantizationScheme, QuantizedTensor, TensorView, TensorViewMut};
 use proptest::prelude::*;

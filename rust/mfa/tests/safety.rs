@@ -1,5 +1,7 @@
 //! Bad input is an error with words, never a panic or a write; what is dropped is freed.
 
+#![allow(clippy::unwrap_used)] // helpers of tests, where a panic is a failure
+
 use mfa::{
     Alignment, Attention, Codes, Device, Element, Error, Gradients, Granularity, Int4Pair, MfaBuffer, MfaContext, Operation, Partial,
     Precision, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor, TensorView, TensorViewMut,

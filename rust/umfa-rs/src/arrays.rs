@@ -4,7 +4,7 @@ use std::ffi::c_void;
 
 use mfa::{Precision, TensorView, TensorViewMut};
 use numpy::npyffi::NPY_ARRAY_WRITEABLE;
-use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
+use numpy::{PyArrayDescr, PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyBytes, PyList, PyString, PyTuple};
 
@@ -61,7 +61,6 @@ impl<'py> Array<'py> {
         let array = untyped(function, name, object)?;
         let descriptor = array.dtype();
         let item = descriptor.itemsize();
-        let dtype = descriptor.str()?.to_string();
         let precision = match (descriptor.kind(), item) {
             (b'f', 4) => Some(Precision::Fp32),
             (b'f', 2) => Some(Precision::Fp16),
@@ -69,14 +68,18 @@ impl<'py> Array<'py> {
             (b'i', 1) => Some(Precision::Int8),
             (b'b', 1) => Some(Precision::Bool),
             (b'u', 1) => None,
-            _ if dtype == "bfloat16" => Some(Precision::Bf16),
+            _ if is_named(&descriptor, "bfloat16")? => Some(Precision::Bf16),
             _ => {
                 let expected = "dtype float32, float16, bfloat16, float64, int8, uint8 or bool";
                 return Err(wrong_type(descriptor.as_any(), function, name, expected));
             }
         };
         if descriptor.is_native_byteorder() == Some(false) {
-            return Err(wrong_value(object.py(), function, &format!("{name}: expected native byte order, got {dtype}; use .astype()")));
+            return Err(wrong_value(
+                object.py(),
+                function,
+                &format!("{name}: expected native byte order, got {descriptor}; use .astype()"),
+            ));
         }
         // SAFETY: the pointer is that of a live array.
         let (data, flags) = unsafe { ((*array.as_array_ptr()).data.cast::<c_void>(), (*array.as_array_ptr()).flags) };
@@ -188,6 +191,11 @@ impl<'py> Array<'py> {
     }
 }
 
+/// Whether a dtype has a name: NumPy has no number for bfloat16.
+pub fn is_named(dtype: &Bound<'_, PyArrayDescr>, name: &str) -> PyResult<bool> {
+    Ok(dtype.str()? == name)
+}
+
 /// Whatever has an array inside: NumPy's own, the buffer protocol, `__array__`, DLPack.
 fn untyped<'py>(function: &str, name: &str, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyUntypedArray>> {
     let py = object.py();
@@ -259,8 +267,8 @@ pub fn numbers<'py>(
     let array = numpy.call_method1("asarray", (values,)).map_err(|_| wrong_type(values, function, name, &expected))?;
     let array = array.cast_into::<PyUntypedArray>().map_err(|_| wrong_type(values, function, name, &expected))?;
     let kind = char::from(array.dtype().kind());
-    let is_bfloat16 = array.dtype().str()?.to_string() == "bfloat16";
-    if !kinds.contains(kind) && !(is_bfloat16 && kinds.contains('f')) && array.len() > 0 {
+    let is_served = kinds.contains(kind) || (kinds.contains('f') && is_named(&array.dtype(), "bfloat16")?);
+    if !is_served && array.len() > 0 {
         return Err(wrong_type(values, function, name, &expected));
     }
     if array.shape() != shape {
@@ -283,7 +291,7 @@ pub fn of_integers<'py>(array: &Bound<'py, PyAny>) -> PyResult<Array<'py>> {
 /// A contiguous array of exactly this dtype, float32 or int32, and shape: scales, zero points, means.
 pub fn part<'py>(function: &str, name: &str, values: &Bound<'py, PyAny>, dtype: &str, shape: &[usize]) -> PyResult<Array<'py>> {
     let array = untyped(function, name, values)?;
-    if array.dtype().str()?.to_string() != dtype {
+    if !is_named(&array.dtype(), dtype)? {
         return Err(wrong_type(array.dtype().as_any(), function, name, &format!("dtype {dtype}")));
     }
     if array.shape() != shape {

@@ -5,7 +5,7 @@ use numpy::{PyArrayDescrMethods, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyString, PyTuple};
 
-use crate::arrays::{Array, Layout, choice, empty, empty_named, flag, integer, integers, numbers, real};
+use crate::arrays::{Array, Layout, choice, empty, empty_named, flag, integer, integers, is_named, numbers, real};
 use crate::context::compute;
 use crate::errors::{wrong_sizes, wrong_type, wrong_value};
 use crate::quantization::{Parts, QuantizedTensor, config_of, new_slice};
@@ -15,7 +15,7 @@ const GRADIENTS: [&str; 6] = ["query", "key", "value", "mask", "sinks", "alibi_s
 /// Query, key or value.
 enum Operand<'py> {
     Array(Array<'py>),
-    Quantized { tensor: Bound<'py, QuantizedTensor>, parts: Parts<'py> },
+    Quantized { tensor: Bound<'py, QuantizedTensor>, parts: Box<Parts<'py>> },
 }
 
 impl<'py> Operand<'py> {
@@ -32,7 +32,7 @@ impl<'py> Operand<'py> {
             let words = format!("{name}: expected a tensor of layout {:?}, got one of another", layout.name());
             return Err(wrong_value(object.py(), function, &words));
         }
-        Ok(Self::Quantized { tensor: tensor.clone(), parts: tensor.get().parts(object.py(), function, name)? })
+        Ok(Self::Quantized { tensor: tensor.clone(), parts: Box::new(tensor.get().parts(object.py(), function, name)?) })
     }
 
     fn view(&self, function: &str, name: &str, layout: Layout) -> PyResult<TensorView<'_>> {
@@ -608,5 +608,5 @@ fn like<'py>(result: Array<'py>, of: Option<&Bound<'py, PyAny>>) -> PyResult<Bou
         return Ok(result);
     };
     let dtype = array.dtype();
-    if dtype.kind() == b'f' || dtype.str()?.to_string() == "bfloat16" { result.call_method1("astype", (dtype,)) } else { Ok(result) }
+    if dtype.kind() == b'f' || is_named(&dtype, "bfloat16")? { result.call_method1("astype", (dtype,)) } else { Ok(result) }
 }
