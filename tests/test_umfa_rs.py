@@ -8,9 +8,11 @@ from __future__ import annotations
 import gc
 import inspect
 import os
+import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from tolerances import assert_within
 
 umfa_rs = pytest.importorskip("umfa_rs", reason="umfa_rs is not there; ./justw test-rust builds it")
 
+ROOT = Path(__file__).resolve().parent.parent
 X = np.random.default_rng(0).normal(size=(2, 3, 10, 9)).astype(np.float32)
 
 
@@ -342,3 +345,11 @@ def test_child_after_fork__computes():
         "os._exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("document", ["docs/rust.md", "rust/umfa-rs/README.md"])
+def test_python_in_the_documents__runs(document):
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / document).read_text(), flags=re.M | re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, document, "exec"), {})

@@ -33,8 +33,8 @@ SCRATCH = ROOT / ".build-rust"
 def prepared() -> Iterator[dict[str, str]]:
     """The environment for cargo, while nobody else runs it.
 
-    Cargo.lock is not part of the repository. That of Debian's crates is set aside afterwards, and the user's own put back: the two differ in
-    versions and checksums.
+    Cargo.lock is not part of the repository. That of Debian's crates is set aside afterwards, and the user's own put back: the two differ
+    in versions and checksums.
 
     Raises
     ------

@@ -55,7 +55,7 @@ def check_module(environment: dict[str, str]) -> None:
     if sys.version_info < (3, 11):
         print("check_rust: umfa_rs left out: needs Python >= 3.11, whose stable interface has the buffer protocol", file=sys.stderr)
         return
-    maturin = [VENV / "bin" / "maturin", "develop", "--quiet", "--manifest-path", "umfa-rs/Cargo.toml"]
+    maturin = [str(VENV / "bin" / "maturin"), "develop", "--quiet", "--manifest-path", "umfa-rs/Cargo.toml"]
     if (VENV / "bin" / "uv").exists():
         maturin.append("--uv")
     print("check_rust: umfa_rs", file=sys.stderr)

@@ -1,8 +1,8 @@
 """Crates for rust/ from Debian's packages, for machines that reach a Debian mirror and not the registry of crates.
 
-Debian packages crates as sources. Those that rust/ needs, named in rust/debian-crates.txt, are downloaded from the mirror that apt uses here
-and unpacked below .build-rust, without root and without installing anything. Cargo is pointed at them by a home directory of its own, so no
-file of the repository or of the user's is touched.
+Debian packages crates as sources. Those that rust/ needs, named in rust/debian-crates.txt, are downloaded from the mirror that apt uses
+here and unpacked below .build-rust, without root and without installing anything. Cargo is pointed at them by a home directory of its own,
+so no file of the repository or of the user's is touched.
 
     python tools/debian_crates.py              download them, unless that is done; prints the home for CARGO_HOME
     python tools/debian_crates.py --check      fail unless the list names exactly the packages that cargo takes crates from

@@ -40,7 +40,8 @@ def build(environment: dict[str, str]) -> Path:
     """Build the wheel; returns its path."""
     for old in DIST.glob("umfa_rs-*.whl"):
         old.unlink()
-    command = [VENV / "bin" / "maturin", "build", "--release", "--quiet", "--manifest-path", "umfa-rs/Cargo.toml", "--out", DIST]
+    maturin = VENV / "bin" / "maturin"
+    command = [str(maturin), "build", "--release", "--quiet", "--manifest-path", "umfa-rs/Cargo.toml", "--out", str(DIST)]
     if cargo.run(command, environment, UMFA_RS_RELOCATABLE="1", VIRTUAL_ENV=str(VENV)) != 0:
         raise WheelError("maturin failed; the messages above say why")
     return next(DIST.glob("umfa_rs-*.whl"))

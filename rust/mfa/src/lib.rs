@@ -52,3 +52,9 @@ pub use tensor::{TensorView, TensorViewMut};
 
 /// The C functions themselves.
 pub use mfa_sys as sys;
+
+/// The programs in the guide and in the README, which are tested like all examples.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/rust.md")]
+#[doc = include_str!("../../../README.md")]
+mod documents {}
