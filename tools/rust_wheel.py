@@ -7,6 +7,7 @@ Where Rust, its crates or a Python that is new enough cannot be had, nothing is 
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import zipfile
 from pathlib import Path
 
 import cargo
-from build_library import BuildError
+from build_library import LIBRARY_NAME, BuildError
 from debian_crates import LeftOutError
 from environment import VENV
 
@@ -36,13 +37,28 @@ class WheelError(Exception):
     """What is wrong with the wheel."""
 
 
+def stripped(library: Path) -> Path:
+    """A copy of the library without symbols that nothing needs: half the size, and no names of source files."""
+    copy = cargo.SCRATCH / "wheel" / library.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(library, copy)
+    tool = shutil.which("llvm-objcopy") or shutil.which("objcopy")
+    if tool and sys.platform == "linux":
+        subprocess.run([tool, "--strip-unneeded", str(copy)], check=True)
+    return copy
+
+
 def build(environment: dict[str, str]) -> Path:
     """Build the wheel; returns its path."""
+    library = Path(environment["MFA_LIB_DIR"]) / LIBRARY_NAME
+    variables = {"MFA_LIB_DIR": str(stripped(library).parent), "UMFA_RS_RELOCATABLE": "1", "VIRTUAL_ENV": str(VENV)}
     for old in DIST.glob("umfa_rs-*.whl"):
         old.unlink()
     maturin = VENV / "bin" / "maturin"
     command = [str(maturin), "build", "--release", "--quiet", "--manifest-path", "umfa-rs/Cargo.toml", "--out", str(DIST)]
-    if cargo.run(command, environment, UMFA_RS_RELOCATABLE="1", VIRTUAL_ENV=str(VENV)) != 0:
+    # Messages of the compiler's own name source files; those of a wheel name no folder of whoever built it.
+    flags = f"{environment.get('RUSTFLAGS', '')} --remap-path-prefix={ROOT}=umfa".strip()
+    if cargo.run(command, environment, **variables, RUSTFLAGS=flags) != 0:
         raise WheelError("maturin failed; the messages above say why")
     return next(DIST.glob("umfa_rs-*.whl"))
 
@@ -57,7 +73,7 @@ def check(wheel: Path) -> None:
         if not any(path.name.startswith("libmfa") for path in libraries):
             raise WheelError(f"no libmfa in {wheel.name}: {[path.name for path in libraries]}")
         for path in libraries:
-            if str(ROOT / ".build").encode() in path.read_bytes():
+            if str(ROOT).encode() in path.read_bytes():
                 raise WheelError(f"{path.name} names a folder of this build")
         command = [sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}){PROGRAM}"]
         answer = subprocess.run(command, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True)
