@@ -64,6 +64,7 @@ fmt:
     clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core
+    if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi
 
 # Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]
 bench *arguments: build extras

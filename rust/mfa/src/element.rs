@@ -79,16 +79,6 @@ pub trait Element: sealed::Sealed + Copy + Send + Sync + std::fmt::Debug + 'stat
     const CHANNELS: usize = 1;
 }
 
-/// An [`Element`] that is a float type.
-///
-/// ```
-/// fn output<T: mfa::Float>(elements: usize) -> Vec<u8> {
-///     vec![0; elements * size_of::<T>()]
-/// }
-/// assert_eq!(output::<half::bf16>(3).len(), 6);
-/// ```
-pub trait Float: Element {}
-
 macro_rules! elements {
     ($($type:ty: $precision:ident),*) => {$(
         impl sealed::Sealed for $type {}
@@ -98,11 +88,6 @@ macro_rules! elements {
     )*};
 }
 elements!(f32: Fp32, f16: Fp16, bf16: Bf16, f64: Fp64, i8: Int8, bool: Bool);
-
-impl Float for f32 {}
-impl Float for f16 {}
-impl Float for bf16 {}
-impl Float for f64 {}
 
 /// Two INT4 codes in a byte: those of an even channel and of the one after it.
 ///

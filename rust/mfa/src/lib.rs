@@ -42,7 +42,7 @@ mod tensor;
 pub use attention::{Alignment, Attention, Gradients, Operation, Partial, merge};
 pub use buffer::{Buffers, MfaBuffer, create_buffers};
 pub use context::{ContextBuilder, ContextInfo, Device, MfaContext, version};
-pub use element::{Element, Float, Int4Pair, Precision};
+pub use element::{Element, Int4Pair, Precision};
 pub use error::{Error, Result};
 pub use quantization::{
     Codes, Granularity, OperandScheme, Quantization, QuantizationConfig, QuantizationScheme, QuantizedTensor, dequantize, quantize_into,

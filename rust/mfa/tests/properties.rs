@@ -138,7 +138,7 @@ fn context() -> MfaContext {
 }
 
 /// A type of elements, rounded to and read again.
-trait Rounded: mfa::Float {
+trait Rounded: mfa::Element {
     const TOLERANCE: f64;
     fn of(number: f64) -> Self;
     fn real(self) -> f64;
