@@ -20,7 +20,7 @@ demo *arguments: build extras
     @umfa demo "$@"
 
 # Build and check everything, run all tests: what continuous integration runs
-test: build extras check test-swift test-python
+test: build extras check test-swift test-rust test-python
 
 # Run the Python tests: ./justw test-python [options of pytest]
 test-python *arguments: build extras
@@ -29,6 +29,10 @@ test-python *arguments: build extras
 # Run the Swift tests: ./justw test-swift [options of `swift test`]
 test-swift *arguments:
     @swift test "$@"
+
+# Check the Rust crates and the module umfa_rs: ./justw test-rust [options of `cargo test`]
+test-rust *arguments: build
+    @python tools/check_rust.py "$@"
 
 # Check the kernels in C, emulating what this processor lacks: ./justw test-kernels [native|arm64|x86-64 ...] [--times 10] [--sanitize]
 test-kernels *arguments:
@@ -65,18 +69,20 @@ fmt:
     clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core
+    if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi
 
 # Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]
 bench *arguments: build extras
     @umfa bench "$@"
 
-# Build the Python wheel for this platform into dist/
+# Build the wheels of umfa and umfa_rs for this platform into dist/
 wheels:
     cd python && hatchling build --target wheel --directory ../dist
+    @python tools/rust_wheel.py
 
 # Remove what was built; .venv stays
 clean:
-    rm -rf .build .build-* dist python/src/umfa/libmfa.* python/src/umfa/_mfa_cffi.py .venv/.stamp-umfa
+    rm -rf .build .build-* rust/target rust/umfa-rs/python/umfa_rs/_umfa_rs.* dist python/src/umfa/libmfa.* python/src/umfa/_mfa_cffi.py .venv/.stamp-umfa
     rm -rf .pytest_cache .hypothesis .ruff_cache .mypy_cache umfa-demo.png
     find bench python tests tools -name __pycache__ -prune -exec rm -rf {} +
 

@@ -1,0 +1,70 @@
+//! What the safe layer costs beside the C functions: cargo bench --bench overhead [-- --check]
+//!
+//! Both run the same small problem in turns; the fastest turn of each counts, as whatever else the machine does only adds. With `--check`
+//! the program fails if a call costs more than 200 ns on top of the C function.
+
+#![allow(clippy::expect_used, clippy::panic)] // a program, not a library
+
+use std::time::Instant;
+
+use mfa::sys;
+use mfa::{Alignment, Attention, MfaContext, TensorView, TensorViewMut};
+
+const SHAPE: [usize; 4] = [1, 1, 1, 8];
+const ALLOWED_NANOSECONDS: f64 = 200.0;
+
+fn main() {
+    let context = MfaContext::builder().num_threads(1).build().expect("a context");
+    let operand = [0.5f32; 8];
+    let (mut direct, mut safe) = ([0.0f32; 8], [0.0f32; 8]);
+
+    let tensor = |data: *mut f32| sys::mfa_tensor_t {
+        struct_size: size_of::<sys::mfa_tensor_t>() as u32,
+        precision: sys::MFA_PRECISION_FP32,
+        data: data.cast(),
+        shape: [1, 1, 1, 8],
+        strides: [8, 8, 8, 1],
+        ..Default::default()
+    };
+    let (input, output) = (tensor(operand.as_ptr().cast_mut()), tensor(direct.as_mut_ptr()));
+    let mut problem = sys::mfa_attention_t::default();
+    // SAFETY: the structure has the size that is given.
+    unsafe { sys::mfa_attention_initialize(&mut problem, size_of::<sys::mfa_attention_t>() as u32) };
+    problem.softmax_scale = 1.0 / 8.0f64.sqrt();
+    (problem.query, problem.key, problem.value, problem.output) = (&input, &input, &input, &output);
+    problem.causal = 1;
+    let handle = context.as_ptr().cast();
+    let mut by_c = || {
+        // SAFETY: the structures describe arrays that are alive.
+        let status = unsafe { sys::mfa_attention_run_forward(handle, &problem) };
+        assert_eq!(status, sys::MFA_SUCCESS);
+    };
+
+    // As a program would: with options made once and views made for each call.
+    let attention = Attention::new().causal(Alignment::UpperLeft);
+    let mut by_rust = || {
+        let view = TensorView::new(&operand, SHAPE).expect("a view");
+        let output = TensorViewMut::new(&mut safe, SHAPE).expect("a view");
+        attention.forward(&context, view, view, view, output).expect("attention");
+    };
+
+    let (mut fastest_c, mut fastest_rust) = (f64::INFINITY, f64::INFINITY);
+    for _ in 0..2000 {
+        fastest_c = fastest_c.min(nanoseconds(&mut by_c));
+        fastest_rust = fastest_rust.min(nanoseconds(&mut by_rust));
+    }
+    let cost = fastest_rust - fastest_c;
+    println!("C function {fastest_c:.0} ns, safe layer {fastest_rust:.0} ns a call: {cost:.0} ns more");
+    if std::env::args().any(|argument| argument == "--check") && cost > ALLOWED_NANOSECONDS {
+        panic!("expected at most {ALLOWED_NANOSECONDS} ns more");
+    }
+}
+
+/// The time of one call, over a turn of 100: short enough to fall between the interruptions by others.
+fn nanoseconds(call: &mut impl FnMut()) -> f64 {
+    let start = Instant::now();
+    for _ in 0..100 {
+        call();
+    }
+    start.elapsed().as_nanos() as f64 / 100.0
+}
