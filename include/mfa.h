@@ -193,8 +193,8 @@ MFA_API const char* MFA_NULLABLE mfa_version_string(void);
 /* Allocates `size` bytes (zeroed, aligned to the page; 0 is legal). Returns 0; 1; 3 if size exceeds 2^63 - 1; 5; 2. */
 MFA_API int32_t mfa_create_buffer(mfa_context_t* MFA_CHECKED context, size_t size, mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 
-/* Wraps `size` bytes at `memory`, which the caller keeps alive until the buffer is destroyed; no copy. Returns 0; 1; 3 if the range wraps
- * around; 5 for NULL memory with a size, or a NULL `buffer`; 2. */
+/* Wraps `size` bytes at `memory`, which the caller keeps alive until the buffer is destroyed; no copy. A GPU sees them there if they are whole
+ * pages (of 16 KiB), else it gets copies. Returns 0; 1; 3 if the range wraps around; 5 for NULL memory with a size, or a NULL `buffer`; 2. */
 MFA_API int32_t mfa_create_buffer_from_memory(mfa_context_t* MFA_CHECKED context, void* MFA_CHECKED memory, size_t size,
                                               mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 

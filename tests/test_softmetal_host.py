@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -608,6 +609,37 @@ def test_encode_forward__scores_beyond_float__are_nan(sizes, size, context, arra
     run(commands)
     assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 1]]
     assert np.isnan(call.output[0, 1, 1]).all()
+
+
+def test_encode_forward__offsets_out_of_range__are_clamped(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL, causal=True, query_offset=np.array([2**60, -(2**60)]))
+    call = Call(made, arrays)
+    offsets = np.ndarray(2, np.int64, (ctypes.c_char * 16).from_address(int(native.ffi.cast("uintptr_t", call.pointer.query_offsets))))
+    offsets[:] = [2**63 - 1, -(2**63)]
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    np.testing.assert_allclose(call.output, made.run()[0], rtol=0, atol=1e-5)
+    assert np.isneginf(call.logsumexp[1]).all()
+
+
+def test_encode_forward__whole_pages_of_the_caller_s__are_read_and_written_there(context, commands, rng):
+    page = 16384
+    whole = mmap.mmap(-1, 9 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    first = -start % page
+    found = native.ffi.new("mfa_buffer_t **")
+    memory = native.ffi.cast("void *", start + first)
+    assert lib.mfa_create_buffer_from_memory(context, memory, 8 * page, found) == SUCCESS
+    views = np.frombuffer(whole, np.float32, 8 * page // 4, first).reshape(4, -1)
+    shape = (1, 2, 20, 16)
+    q, k, v, out = (view[5 : 5 + np.prod(shape)].reshape(shape) for view in views)
+    for operand in (q, k, v):
+        operand[...] = rng.normal(size=shape)
+    given = native.attention(*map(native.tensor, (q, k, v, out)), softmax_scale=0.25)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), given.pointer) == SUCCESS, message(context)
+    run(commands)
+    np.testing.assert_allclose(out, umfa.attention(q, k, v, scale=0.25), rtol=0, atol=1e-5)
+    assert lib.mfa_destroy_buffer(found[0]) == SUCCESS
 
 
 def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, arrays, commands):

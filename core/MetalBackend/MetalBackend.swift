@@ -73,8 +73,14 @@ public final class MetalBackend: Backend {
         return Buffer(contents: buffer.contents(), size: size, deviceObject: buffer)
     }
 
-    public func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
-        try cpu.wrap(memory, size: size)
+    public func wrap(_ contents: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
+        try checkProcess()
+        // What is not whole pages is copied when it is used.
+        guard let contents, let buffer = autoreleasepool(invoking: { memory.wrap(contents, size: size) }) else {
+            return try cpu.wrap(contents, size: size)
+        }
+        memory.remember(buffer)
+        return Buffer(contents: contents, size: size, deviceObject: buffer)
     }
 
     public func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
