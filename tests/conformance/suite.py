@@ -19,9 +19,12 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
+import cargo
 import expected as expectations
 import inputs
 import umfa
+from build_library import BuildError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -110,8 +113,21 @@ def _python() -> list[str]:
     return [sys.executable, str(HERE / "runner.py")]
 
 
+def _rust() -> list[str]:
+    try:
+        with cargo.prepared() as environment:
+            if cargo.run(["cargo", "build", "--quiet", "--package", "mfa", "--example", "conformance"], environment):
+                raise AssertionError("the runner in Rust cannot be built")
+            program = Path(environment["CARGO_TARGET_DIR"]) / "debug" / "examples" / "conformance"
+    except (cargo.LeftOutError, BuildError) as reason:
+        raise UnavailableError(str(reason)) from None
+    # Cargo tells only what it runs itself where the library is; this is the one that the other languages use.
+    variable = "DYLD_LIBRARY_PATH" if sys.platform == "darwin" else "LD_LIBRARY_PATH"
+    return ["/usr/bin/env", f"{variable}={LIBRARY.parent}", str(program)]
+
+
 # What makes each language's runner: gives its command, to which the device and the number of threads are appended.
-LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python}
+LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python, "Rust": _rust}
 
 
 @functools.cache
