@@ -13,6 +13,11 @@ let softMetal: [Target] = []
 let metal: [Target.Dependency] = []
 #endif
 
+// The conformance suite's program shares the objects of the library, and is nobody else's: tests/conformance/suite.py asks for it.
+let conformance: [Target] =
+    Context.environment["MFA_CONFORMANCE"] == nil
+    ? [] : [.executableTarget(name: "conformance", dependencies: ["MFA"], path: "tests/conformance/swift")]
+
 // Linker flags for the shipped library (version script, soname, static runtime) are on the command line of tools/build_library.py:
 // a package with unsafe flags could not be depended on.
 let package = Package(
@@ -34,7 +39,7 @@ let package = Package(
         .target(name: "MFA", dependencies: ["MFACore", "CPUBackend", "MetalBackend", "Support"] + metal, path: "core/MFA"),
         .target(name: "CABI", dependencies: ["CMFA", "MFA", "MFACore", "Support"], path: "core/CABI"),
         .testTarget(name: "MFATests", dependencies: ["MFA", "MFACore", "CABI", "CMFA"], path: "core/Tests"),
-    ] + softMetal,
+    ] + softMetal + conformance,
     swiftLanguageModes: [.v6],
     cLanguageStandard: .gnu17
 )

@@ -57,7 +57,7 @@ check: build
     ruff check --quiet
     mypy
     clang-format --dry-run -Werror $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
-    swift format lint --strict --parallel --recursive Package.swift core
+    swift format lint --strict --parallel --recursive Package.swift core tests/conformance/swift
     python tools/check_abi.py --check
     python tools/embed_kernels.py --check
     python -m pytest --quiet tests/test_header.py
@@ -68,7 +68,7 @@ fmt:
     ruff check --quiet --fix-only
     clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
-    swift format --in-place --parallel --recursive Package.swift core
+    swift format --in-place --parallel --recursive Package.swift core tests/conformance/swift
     if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi
 
 # Measure speed, memory and error beside other engines: ./justw bench [forward decode ...] [--threads 1] [--quick] [--plot FILE]

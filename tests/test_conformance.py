@@ -62,9 +62,10 @@ def test_each_language__on_each_backend__gives_the_bytes_and_words_of_c(language
 
 
 @pytest.mark.parametrize("backend", suite.BACKENDS)
-def test_each_backend__a_refused_call__writes_nothing(backend):
-    found = answers("C", backend)
-    assert not complaints(lambda case: suite.written(case, found[case["id"]]))
+@pytest.mark.parametrize("language", suite.SHOWING_MEMORY)
+def test_each_backend__a_refused_call__writes_nothing(language, backend):
+    found = answers(language, backend)
+    assert not complaints(lambda case: None if "skipped" in found[case["id"]] else suite.written(case, found[case["id"]]))
 
 
 @pytest.mark.parametrize("backend", suite.BACKENDS)

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
+import build_library
 import cargo
 import expected as expectations
 import inputs
@@ -135,8 +136,26 @@ def _umfa_rs() -> list[str]:
     return [sys.executable, str(HERE / "runner.py"), "--module", "umfa_rs"]
 
 
+def _swift() -> list[str]:
+    try:
+        swift = build_library.find_swift()
+    except BuildError as reason:
+        raise UnavailableError(str(reason)) from None
+    build = [swift, "build", "--package-path", str(ROOT), "--configuration", "release", "--product", "conformance"]
+    # Compiled with the library's flags, so that its objects are used as they are.
+    build += [*build_library.KERNEL_FLAGS, *build_library.linker_flags("release")]
+    environment = {**os.environ, "MFA_CONFORMANCE": "1"}
+    for step in build, [*build, "--show-bin-path"]:
+        done = subprocess.run(step, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, f"the runner in Swift cannot be built: {done.stdout[-4000:]}{done.stderr[-4000:]}"
+    return [str(Path(done.stdout.strip()) / "conformance")]
+
+
+# Languages whose runners also show the memory that a refused call was to write.
+SHOWING_MEMORY = ("C", "Rust", "Swift")
+
 # What makes each language's runner: gives its command, to which the device and the number of threads are appended.
-LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python, "Rust": _rust, "Python, by umfa_rs": _umfa_rs}
+LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python, "Rust": _rust, "Python, by umfa_rs": _umfa_rs, "Swift": _swift}
 
 
 @functools.cache
