@@ -149,7 +149,9 @@ class Build:
         program = SCRATCH / self.name / "check_kernels"
         program.parent.mkdir(parents=True, exist_ok=True)
         linker = [] if sys.platform == "darwin" else ["-fuse-ld=lld"]
-        call(find_clang(), *self.flags, *self.linker_flags, *linker, *objects, "-lm", "-lpthread", "-o", program)
+        unfinished = program.with_suffix(f".{threading.get_ident()}")  # another part may be running the program meanwhile
+        call(find_clang(), *self.flags, *self.linker_flags, *linker, *objects, "-lm", "-lpthread", "-o", unfinished)
+        unfinished.replace(program)
         return program
 
     def _compile_file(self, source: Path, folder: Path) -> Path:

@@ -25,8 +25,6 @@ struct AttentionPlan {
                 dValues = try layout.take(problem.rowCount, of: problem.statisticSize)
             }
             attention.add(gradients, dValues: dValues)
-            // Integer kernels round the weights of their output: what it would give for d_values is too far off.
-            if attention.hasCodes { attention.output.data = nil }
             if !gradients.dValuesGiven { steps.append(.dValues) }
             let wantsQuery = gradients.gradQuery != nil, wantsKeyValue = gradients.gradKey != nil || gradients.gradValue != nil
             if (wantsQuery || wantsKeyValue) && table.find(.backward, problem.arithmetic, for: &attention) != nil {

@@ -153,7 +153,7 @@ CPU_DECLARE_REFERENCE_KERNELS(fp64_reference_avx512)
 #endif
 
 /* Kernels of FP32 arithmetic. They serve all operands but FP64. attention_backward writes those of grad_query, grad_key and grad_value that
- * are present, attention_d_values serves where the output is present. */
+ * are present. */
 #if defined(__x86_64__)
 extern const cpu_attention_kernel attention_d_values_float_avx2;
 extern const cpu_attention_kernel attention_d_values_float_avx512;
@@ -167,8 +167,16 @@ extern const cpu_attention_kernel attention_backward_float_neon;
 extern const cpu_attention_kernel attention_forward_float_neon;
 #endif
 
-/* Kernels that multiply codes as integers. */
+/* Kernels that multiply codes as integers. Backward: codes with one scale a row and no zero points. */
 #if defined(__x86_64__)
+extern const cpu_attention_kernel attention_d_values_int8_avx2;
+extern const cpu_attention_kernel attention_d_values_int8_avxvnni;
+extern const cpu_attention_kernel attention_d_values_int8_avx512;
+extern const cpu_attention_kernel attention_d_values_int8_avx512vnni;
+extern const cpu_attention_kernel attention_backward_int8_avx2;
+extern const cpu_attention_kernel attention_backward_int8_avxvnni;
+extern const cpu_attention_kernel attention_backward_int8_avx512;
+extern const cpu_attention_kernel attention_backward_int8_avx512vnni;
 extern const cpu_attention_kernel attention_forward_int8_avx2;
 extern const cpu_attention_kernel attention_forward_int8_avxvnni;
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;

@@ -3,5 +3,6 @@
 #define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define KERNEL_HALF
 #define KERNEL_PANEL_VECTORS 2
-#include "backward_float.h"
+#define KERNEL_INTEGER 0
+#include "backward.h"
 #endif

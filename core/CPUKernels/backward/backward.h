@@ -1,9 +1,11 @@
-/* Backward in FP32 on float and quantised operands: the gradients of queries, keys and values in one pass of five matrix products. This
- * file is a template; the attention_backward_float_*.c files beside it instantiate it with
+/* Backward on float and quantised operands: the gradients of queries, keys and values in one pass of five matrix products. This file is a
+ * template; the files beside it instantiate it with
  *
  *   KERNEL_SUFFIX   the end of the kernels' names, such as float_avx2
  *   KERNEL_TARGET   the instruction set as a target attribute string, or undefined for the architecture's baseline
  *   KERNEL_PANEL_VECTORS  vectors of columns or channels in a block of a product: 1, or 2 with registers of 64 bytes
+ *   KERNEL_INTEGER  0: all products are of FP32 numbers (products_float.h). 1: all but one are of codes and 16-bit integers (products_int8.h)
+ *   KERNEL_VNNI     1: the instruction set multiplies pairs of 16 bits and adds them to a sum at once
  *
  * An item is a tile of columns of one key head. It keeps the tile's keys and values, and the gradients of both, while it walks over the
  * query rows of its group of heads:
@@ -19,9 +21,8 @@
  * tile of rows says whose turn it is. Items are begun in their order, column tiles of one head far apart, so there is seldom a wait, and
  * an item waits for items before it only. So no result depends on threads.
  *
- * Numerical contract: as the reference kernels, operands are dequantised to FP32, and all arithmetic is FP32. Sums over channels run in
- * their order; sums over rows and columns run in order within a tile, and then over the tiles. Excluded terms are selected away, and tiles
- * that are not finite, which one test a tile finds, take a careful path. */
+ * Numerical contract: sums over rows and columns run in order within a tile, and then over the tiles. Excluded terms are selected away, and
+ * tiles that are not finite, which one test a tile finds, take a careful path. */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
@@ -30,6 +31,9 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
+#if KERNEL_INTEGER
+#include <immintrin.h>
+#endif
 
 #define KERNEL_FP64 0
 
@@ -87,19 +91,22 @@ typedef struct {
     int64_t first, last;
 } span;
 
+#if KERNEL_INTEGER
+#include "operands_int8.h"
+#else
+#include "operands_float.h"
+#endif
+
 typedef struct {
     head_position position;
     int64_t first_column, columns; /* of the tile: those that exist */
     int64_t first_row, rows;
     bool full;                 /* every element is attended */
     bool masked;               /* the mask excludes some, or adds to scores: `additions` is filled in */
-    bool keys_finite;          /* else `key` has 0 in place of what is not finite */
+    bool grad_output_finite;   /* of the tile's rows */
     int64_t pitch, pitch_v;    /* of rows of head_dim and head_dim_v channels */
     int64_t column_pitch;      /* of rows of columns */
-    real* key;                 /* [columns][pitch] */
-    real* key_panels;          /* [panel of columns][head_dim][PANEL] */
-    real* value_panels;        /* [panel of columns][head_dim_v][PANEL] */
-    real* query;               /* [ROW_TILE][pitch] */
+    operands operands;         /* as they are multiplied */
     real* grad_output;         /* [ROW_TILE][pitch_v] */
     real* weights;             /* [ROW_TILE][column_pitch]: dot products, then probabilities with dropout applied */
     real* grad_scores;         /* [ROW_TILE][column_pitch]: dP, then the gradient of the scaled dot products */
@@ -121,10 +128,7 @@ static size_t backward_layout(const cpu_attention* attention, void* memory, back
     workspace->pitch = pitch;
     workspace->pitch_v = pitch_v;
     workspace->column_pitch = column_pitch;
-    workspace->key = workspace_take_reals(&cursor, columns * pitch);
-    workspace->key_panels = workspace_take_reals(&cursor, columns * attention->head_dim);
-    workspace->value_panels = workspace_take_reals(&cursor, columns * attention->head_dim_v);
-    workspace->query = workspace_take_reals(&cursor, ROW_TILE * pitch);
+    take_operands(attention, &cursor, &workspace->operands, pitch, pitch_v, columns, column_pitch);
     workspace->grad_output = workspace_take_reals(&cursor, ROW_TILE * pitch_v);
     workspace->weights = workspace_take_reals(&cursor, ROW_TILE * column_pitch);
     workspace->grad_scores = workspace_take_reals(&cursor, ROW_TILE * column_pitch);
@@ -310,20 +314,6 @@ static void clear_what_is_not_finite(real* tile, int64_t pitch, int64_t rows, in
     copy_finite(tile, pitch, rows, channels, tile);
 }
 
-static void load_keys_and_values(const cpu_attention* attention, backward_workspace* workspace) {
-    const head_position* at = &workspace->position;
-    const int64_t columns = workspace->columns;
-    const cpu_tensor key = score_operand(&attention->key);
-    /* Values are needed transposed only, so they may lie where their gradients will. */
-    load_tile(&attention->value, at->b, at->kv_head, workspace->first_column, columns, attention->head_dim_v, workspace->grad_value,
-              workspace->pitch_v);
-    transpose_into_panels(workspace->grad_value, workspace->pitch_v, columns, attention->head_dim_v, workspace->value_panels);
-    workspace->keys_finite =
-        load_tile(&key, at->b, at->kv_head, workspace->first_column, columns, attention->head_dim, workspace->key, workspace->pitch);
-    transpose_into_panels(workspace->key, workspace->pitch, columns, attention->head_dim, workspace->key_panels);
-    if (!workspace->keys_finite) clear_what_is_not_finite(workspace->key, workspace->pitch, columns, attention->head_dim);
-}
-
 static void load_statistics(const cpu_attention* attention, backward_workspace* workspace) {
     const head_position* at = &workspace->position;
     const int64_t first = (at->b * attention->num_heads + at->h) * attention->seq_len_q + workspace->first_row;
@@ -467,25 +457,6 @@ static int64_t block_rows(int64_t rest) {
     return rest >= BLOCK_ROWS ? BLOCK_ROWS : rest >= BLOCK_REST ? BLOCK_REST : 1;
 }
 
-/* out[row][column] = sum over channels of operand[row][channel] * panels[column][channel], where the tile is attended. The panels of a group
- * of columns stay in the first level cache. `operand` has the rows of `tensor`. */
-static void multiply_by_panels(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor,
-                               int64_t channels, const real* operand, int64_t pitch, const real* panels, real* out) {
-    const int64_t column_pitch = workspace->column_pitch;
-    for (int64_t group = 0; group < workspace->columns; group += GROUP) {
-        for (int64_t row = 0, count; row < workspace->rows; row += count) {
-            count = block_rows(workspace->rows - row);
-            if (group == 0) prefetch_next_tile(attention, workspace, tensor, row, count, channels);
-            const span attended = columns_of_block(workspace, row, count);
-            const int64_t last = minimum(attended.last, group + GROUP);
-            for (int64_t column = maximum(attended.first / PANEL * PANEL, group); column < last; column += PANEL) {
-                multiply_rows(count, channels, operand + row * pitch, pitch, panels + column * channels, PANEL,
-                              out + row * column_pitch + column, column_pitch);
-            }
-        }
-    }
-}
-
 /* gradient[column][channel] += sum over rows of factors[row][column] * operand[row][channel]. The factors of a group of columns stay in the
  * first level cache. */
 static void accumulate_over_rows(const backward_workspace* workspace, int64_t channels, const real* factors, const real* operand,
@@ -500,27 +471,6 @@ static void accumulate_over_rows(const backward_workspace* workspace, int64_t ch
                 if (rows.first >= rows.last) continue;
                 accumulate_rows(count, rows.last - rows.first, factors + rows.first * column_pitch + column, column_pitch,
                                 operand + rows.first * pitch + channel, pitch, gradient + column * pitch + channel, pitch);
-            }
-        }
-    }
-}
-
-/* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel], in groups of rows likewise. */
-static void multiply_by_keys(const cpu_attention* attention, const backward_workspace* workspace) {
-    const int64_t channels = attention->head_dim, column_pitch = workspace->column_pitch, pitch = workspace->pitch;
-    const query_sums sums = locate_query_sums(attention, workspace->position.b, workspace->position.h);
-    for (int64_t group = 0; group < workspace->rows; group += GROUP) {
-        const int64_t end = minimum(group + GROUP, workspace->rows);
-        for (int64_t row = group; row < end; row++) {
-            prefetch(sums.sums + (workspace->first_row + row) * sums.row_bytes, channels * (int64_t)sizeof(real));
-        }
-        for (int64_t channel = 0; channel < channels; channel += PANEL) {
-            for (int64_t row = group, count; row < end; row += count) {
-                count = block_rows(end - row);
-                const span columns = columns_of_block(workspace, row, count);
-                multiply_rows(count, columns.last - columns.first, workspace->grad_scores + row * column_pitch + columns.first,
-                              column_pitch, workspace->key + columns.first * pitch + channel, pitch,
-                              workspace->grad_query + row * pitch + channel, pitch);
             }
         }
     }
@@ -547,11 +497,14 @@ INLINE vector weight_of(vector x) {
     return e * *(vector*)&exponent;
 }
 
+/* What becomes of a tile's dot products. */
+enum { GRADIENTS, D_VALUES };
+
 /* For one row: dot products become weights, dP becomes the gradient of the scaled dot products. Both are 0 where the row attends nothing,
- * and stay as they are in columns behind the tile's last. `plain`: no option changes scores or weights; `whole`: every column is attended.
- */
-INLINE void differentiate_row(const cpu_attention* attention, const backward_workspace* workspace, int64_t row, const bool plain,
-                              const bool whole) {
+ * and stay as they are in columns behind the tile's last. Or, for D_VALUES: returns the sum of weights times dP. `plain`: no option changes
+ * scores or weights; `whole`: every column is attended. */
+INLINE real differentiate_row(const cpu_attention* attention, const backward_workspace* workspace, int64_t row, const int wanted,
+                              const bool plain, const bool whole) {
     const head_position* at = &workspace->position;
     const span columns = workspace->columns_of[row];
     const real scale = (real)attention->softmax_scale, softcap = plain ? 0 : softcap_of(attention);
@@ -568,8 +521,10 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
     }
     vector lane_columns;
     for (int lane = 0; lane < LANES; lane++) lane_columns[lane] = (real)lane;
+    vector sums = vector_of(0);
     for (int64_t column = 0; column < workspace->columns; column += LANES) {
         if (!whole && (columns.first >= column + LANES || columns.last <= column)) {
+            if (wanted == D_VALUES) continue;
             vector_store(weights + column, vector_of(0));
             vector_store(grad_scores + column, vector_of(0));
             continue;
@@ -594,6 +549,10 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
         vector weight = weight_of(score - logsumexp);
         vector gradient = vector_load(grad_scores + column);
         if (dropout) gradient *= vector_load(dropout + column);
+        if (wanted == D_VALUES) { /* not even behind the last column may anything else be added */
+            sums += vector_select(attended, weight * gradient, vector_of(0));
+            continue;
+        }
         gradient = weight * (gradient - offset);
         if (softcap > 0) gradient *= cap_slope;
         if (dropout) weight *= vector_load(dropout + column);
@@ -604,36 +563,39 @@ INLINE void differentiate_row(const cpu_attention* attention, const backward_wor
         vector_store(weights + column, weight);
         vector_store(grad_scores + column, gradient);
     }
+    real sum = 0;
+    for (int lane = 0; lane < LANES && wanted == D_VALUES; lane++) sum += sums[lane];
+    return sum;
+}
+
+/* Whether no option changes the tile's scores or weights. */
+static bool is_plain(const cpu_attention* attention, const backward_workspace* workspace) {
+    return !(softcap_of(attention) > 0) && !workspace->masked && !attention->alibi_slopes && !workspace->dropout;
 }
 
 static void differentiate(const cpu_attention* attention, const backward_workspace* workspace) {
-    const bool plain = !(softcap_of(attention) > 0) && !workspace->masked && !attention->alibi_slopes && !workspace->dropout;
+    const bool plain = is_plain(attention, workspace);
     for (int64_t row = 0; row < workspace->rows; row++) {
         if (!plain) {
-            differentiate_row(attention, workspace, row, false, false);
+            differentiate_row(attention, workspace, row, GRADIENTS, false, false);
         } else if (workspace->full) {
-            differentiate_row(attention, workspace, row, true, true);
+            differentiate_row(attention, workspace, row, GRADIENTS, true, true);
         } else {
-            differentiate_row(attention, workspace, row, true, false);
+            differentiate_row(attention, workspace, row, GRADIENTS, true, false);
         }
+    }
+}
+
+/* Adds the tile's weights times dP to the sums of its rows, which lie where their offsets will. */
+static void add_to_d_values(const cpu_attention* attention, const backward_workspace* workspace) {
+    const bool plain = is_plain(attention, workspace);
+    for (int64_t row = 0; row < workspace->rows; row++) {
+        workspace->offsets[row] += plain ? differentiate_row(attention, workspace, row, D_VALUES, true, false)
+                                         : differentiate_row(attention, workspace, row, D_VALUES, false, false);
     }
 }
 
 /* ---- What is not finite -------------------------------------------------------------------------------------------------------------- */
-
-/* Queries whose keys are not finite become NaN in those channels; the panels still have the keys as they were. */
-static void poison_grad_query(const cpu_attention* attention, backward_workspace* workspace) {
-    const int64_t head_dim = attention->head_dim;
-    for (int64_t column = 0; column < workspace->columns; column++) {
-        const real* key = workspace->key_panels + column / PANEL * PANEL * head_dim + column % PANEL;
-        for (int64_t channel = 0; channel < head_dim; channel++) {
-            if (key[channel * PANEL] - key[channel * PANEL] == 0) continue;
-            for (int64_t row = 0; row < workspace->rows; row++) {
-                if (is_attended_at(workspace, row, column)) workspace->grad_query[row * workspace->pitch + channel] = NAN;
-            }
-        }
-    }
-}
 
 /* Columns attended by a row that is not finite become NaN in its channels, and then the row is made finite. */
 static void poison_columns(const backward_workspace* workspace, real* operand, int64_t pitch, int64_t channels, real* gradient) {
@@ -649,6 +611,54 @@ static void poison_columns(const backward_workspace* workspace, real* operand, i
     clear_what_is_not_finite(operand, pitch, workspace->rows, channels);
 }
 
+/* ---- Products with keys and values --------------------------------------------------------------------------------------------------- */
+
+/* In products_*.h. */
+static void multiply_panel(const product* product, int64_t rows, int64_t depth, int64_t row, int64_t column, int64_t column_pitch);
+static void multiply_key_rows(const backward_workspace* workspace, int64_t rows, int64_t row, int64_t first, int64_t last, int64_t channel);
+
+/* out[row][column] = sum over channels of rows[row][channel] * panels[column][channel], where the tile is attended. The panels of a group of
+ * columns stay in the first level cache. The product's rows are those of `tensor`. */
+static void multiply_by_panels(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor,
+                               int64_t channels, const product* product) {
+    for (int64_t group = 0; group < workspace->columns; group += GROUP) {
+        for (int64_t row = 0, count; row < workspace->rows; row += count) {
+            count = block_rows(workspace->rows - row);
+            if (group == 0) prefetch_next_tile(attention, workspace, tensor, row, count, channels);
+            const span attended = columns_of_block(workspace, row, count);
+            const int64_t last = minimum(attended.last, group + GROUP);
+            for (int64_t column = maximum(attended.first / PANEL * PANEL, group); column < last; column += PANEL) {
+                multiply_panel(product, count, divide_up(channels, IN_ELEMENT), row, column, workspace->column_pitch);
+            }
+        }
+    }
+}
+
+/* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel], in groups of rows likewise. */
+static void multiply_by_keys(const cpu_attention* attention, const backward_workspace* workspace) {
+    const int64_t channels = attention->head_dim;
+    const query_sums sums = locate_query_sums(attention, workspace->position.b, workspace->position.h);
+    for (int64_t group = 0; group < workspace->rows; group += GROUP) {
+        const int64_t end = minimum(group + GROUP, workspace->rows);
+        for (int64_t row = group; row < end; row++) {
+            prefetch(sums.sums + (workspace->first_row + row) * sums.row_bytes, channels * (int64_t)sizeof(real));
+        }
+        for (int64_t channel = 0; channel < channels; channel += PANEL) {
+            for (int64_t row = group, count; row < end; row += count) {
+                count = block_rows(end - row);
+                const span columns = columns_of_block(workspace, row, count);
+                multiply_key_rows(workspace, count, row, columns.first, columns.last, channel);
+            }
+        }
+    }
+}
+
+#if KERNEL_INTEGER
+#include "products_int8.h"
+#else
+#include "products_float.h"
+#endif
+
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
 
 /* Tiles of the same columns of all heads follow one another, so that two that add to the same queries are seldom worked on at once. */
@@ -658,11 +668,8 @@ static int64_t backward_items(const cpu_attention* attention) {
 
 /* One tile of rows of the head at the workspace's position, against the item's columns. */
 static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t row_tile) {
-    const head_position* at = &workspace->position;
-    const int64_t head_dim = attention->head_dim, head_dim_v = attention->head_dim_v;
-    const int64_t pitch = workspace->pitch, pitch_v = workspace->pitch_v;
+    const int64_t head_dim_v = attention->head_dim_v, pitch_v = workspace->pitch_v;
     const bool wants_query = attention->grad_query.data != NULL;
-    const cpu_tensor query = score_operand(&attention->query);
     workspace->first_row = row_tile * ROW_TILE;
     workspace->rows = minimum(ROW_TILE, attention->seq_len_q - workspace->first_row);
     if (!place_tile(attention, workspace)) {
@@ -670,24 +677,20 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
         return;
     }
     load_statistics(attention, workspace);
-    const bool query_finite = load_tile(&query, at->b, at->h, workspace->first_row, workspace->rows, head_dim, workspace->query, pitch);
-    const bool grad_output_finite = load_tile(&attention->grad_output, at->b, at->h, workspace->first_row, workspace->rows, head_dim_v,
-                                              workspace->grad_output, pitch_v);
-    multiply_by_panels(attention, workspace, &query, head_dim, workspace->query, pitch, workspace->key_panels, workspace->weights);
-    multiply_by_panels(attention, workspace, &attention->grad_output, head_dim_v, workspace->grad_output, pitch_v, workspace->value_panels,
-                       workspace->grad_scores);
+    load_rows_of_tile(attention, workspace);
+    multiply_rows_of_tile(attention, workspace);
     differentiate(attention, workspace);
     if (attention->grad_value.data) {
-        if (!grad_output_finite) poison_columns(workspace, workspace->grad_output, pitch_v, head_dim_v, workspace->grad_value);
+        if (!workspace->grad_output_finite) {
+            poison_columns(workspace, workspace->grad_output, pitch_v, head_dim_v, workspace->grad_value);
+        }
         accumulate_over_rows(workspace, head_dim_v, workspace->weights, workspace->grad_output, pitch_v, workspace->grad_value);
     }
-    if (attention->grad_key.data) {
-        if (!query_finite) poison_columns(workspace, workspace->query, pitch, head_dim, workspace->grad_key);
-        accumulate_over_rows(workspace, head_dim, workspace->grad_scores, workspace->query, pitch, workspace->grad_key);
-    }
+    place_grad_scores(attention, workspace);
+    if (attention->grad_key.data) accumulate_grad_key(attention, workspace);
     if (wants_query) {
         multiply_by_keys(attention, workspace);
-        if (!workspace->keys_finite) poison_grad_query(attention, workspace);
+        complete_grad_query(attention, workspace);
         add_to_query_sums(attention, workspace, true);
     }
 }
@@ -727,16 +730,12 @@ static void backward_run(const cpu_attention* attention, int64_t item, void* mem
 
 /* ---- d_values ------------------------------------------------------------------------------------------------------------------------ */
 
-/* From the output, where it is there: to recompute it is left to the reference kernels. */
-static bool d_values_serves(const cpu_attention* attention) {
-    return attention->output.data != NULL;
-}
-
 static int64_t d_values_items(const cpu_attention* attention) {
     return attention->batch_size * attention->num_heads * row_tiles(attention);
 }
 
 static size_t d_values_workspace_bytes(const cpu_attention* attention) {
+    if (!attention->output.data) return backward_workspace_bytes(attention);
     return (size_t)(2 * pitch_of(attention->head_dim_v) + COLUMN_TILE) * sizeof(real);
 }
 
@@ -751,13 +750,12 @@ static bool row_is_empty(const cpu_attention* attention, const head_position* po
     return !any;
 }
 
-static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
-    const int64_t tiles = row_tiles(attention), head = item / tiles, first_row = item % tiles * ROW_TILE;
-    const int64_t b = head / attention->num_heads, h = head % attention->num_heads;
-    const int64_t channels = attention->head_dim_v, pitch = pitch_of(channels);
-    const head_position position = locate_head(attention, b, h);
+/* From the output. */
+static void sum_products_with_output(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                                     real* memory) {
+    const int64_t channels = attention->head_dim_v, pitch = pitch_of(channels), b = position->b, h = position->h;
     real *output = memory, *grad_output = output + pitch, *additions = grad_output + pitch;
-    for (int64_t row = first_row; row < minimum(first_row + ROW_TILE, attention->seq_len_q); row++) {
+    for (int64_t row = first_row; row < first_row + rows; row++) {
         load_tile(&attention->output, b, h, row, 1, channels, output, pitch);
         load_tile(&attention->grad_output, b, h, row, 1, channels, grad_output, pitch);
         vector products = vector_of(0);
@@ -766,8 +764,45 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
         }
         real sum = 0;
         for (int lane = 0; lane < LANES; lane++) sum += products[lane];
-        if (sum - sum != 0 && row_is_empty(attention, &position, row, additions)) sum = 0;
-        set_statistic(attention, attention->d_values, head * attention->seq_len_q + row, sum);
+        if (sum - sum != 0 && row_is_empty(attention, position, row, additions)) sum = 0;
+        set_statistic(attention, attention->d_values, (b * attention->num_heads + h) * attention->seq_len_q + row, sum);
+    }
+}
+
+/* Without the output: one tile of rows against all columns. */
+static void sum_weighted_gradients(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows,
+                                   void* memory) {
+    backward_workspace workspace;
+    backward_layout(attention, memory, &workspace);
+    workspace.position = *position;
+    workspace.first_row = first_row;
+    workspace.rows = rows;
+    const int64_t statistic = (position->b * attention->num_heads + position->h) * attention->seq_len_q + first_row;
+    load_rows_of_tile(attention, &workspace);
+    for (int64_t row = 0; row < rows; row++) {
+        workspace.logsumexp[row] = get_statistic(attention, attention->logsumexp, statistic + row);
+        workspace.offsets[row] = 0;
+    }
+    const span tiles = column_tiles_of(attention, position, first_row / ROW_TILE);
+    for (int64_t tile = tiles.first; tile < tiles.last; tile++) {
+        workspace.first_column = tile * column_tile(attention);
+        workspace.columns = minimum(column_tile(attention), position->keys - workspace.first_column);
+        if (!place_tile(attention, &workspace)) continue;
+        load_keys_and_values(attention, &workspace);
+        multiply_rows_of_tile(attention, &workspace);
+        add_to_d_values(attention, &workspace);
+    }
+    for (int64_t row = 0; row < rows; row++) set_statistic(attention, attention->d_values, statistic + row, workspace.offsets[row]);
+}
+
+static void d_values_run(const cpu_attention* attention, int64_t item, void* memory) {
+    const int64_t tiles = row_tiles(attention), head = item / tiles, first_row = item % tiles * ROW_TILE;
+    const head_position position = locate_head(attention, head / attention->num_heads, head % attention->num_heads);
+    const int64_t rows = minimum(ROW_TILE, attention->seq_len_q - first_row);
+    if (attention->output.data) {
+        sum_products_with_output(attention, &position, first_row, rows, memory);
+    } else {
+        sum_weighted_gradients(attention, &position, first_row, rows, memory);
     }
 }
 
@@ -778,6 +813,7 @@ static void d_values_run(const cpu_attention* attention, int64_t item, void* mem
 
 const cpu_attention_kernel KERNEL_NAME(attention_backward, KERNEL_SUFFIX) = {
     .name = "attention_backward_" KERNEL_TEXT(KERNEL_SUFFIX),
+    .serves = backward_serves,
     .shared_bytes = backward_shared_bytes,
     .prepare_items = backward_prepare_items,
     .prepare = backward_prepare,
@@ -788,7 +824,7 @@ const cpu_attention_kernel KERNEL_NAME(attention_backward, KERNEL_SUFFIX) = {
 
 const cpu_attention_kernel KERNEL_NAME(attention_d_values, KERNEL_SUFFIX) = {
     .name = "attention_d_values_" KERNEL_TEXT(KERNEL_SUFFIX),
-    .serves = d_values_serves,
+    .serves = backward_serves,
     .item_count = d_values_items,
     .workspace_bytes = d_values_workspace_bytes,
     .run = d_values_run,

@@ -1,7 +1,9 @@
 #if defined(__x86_64__)
-#define KERNEL_SUFFIX float_avx2
+#define KERNEL_SUFFIX int8_avx2
 #define KERNEL_TARGET "avx2,fma,f16c"
 #define KERNEL_HALF
 #define KERNEL_PANEL_VECTORS 1
-#include "backward_float.h"
+#define KERNEL_INTEGER 1
+#define KERNEL_VNNI 0
+#include "backward.h"
 #endif

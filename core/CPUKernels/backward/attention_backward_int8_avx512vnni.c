@@ -1,0 +1,9 @@
+#if defined(__x86_64__)
+#define KERNEL_SUFFIX int8_avx512vnni
+#define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"
+#define KERNEL_HALF
+#define KERNEL_PANEL_VECTORS 2
+#define KERNEL_INTEGER 1
+#define KERNEL_VNNI 1
+#include "backward.h"
+#endif
