@@ -160,7 +160,8 @@ def build(program: str, *, sanitizer: str = "") -> Path:
                 link.unlink(missing_ok=True)
                 link.symlink_to(library.resolve())
         libraries = [f"-L{FOLDER}", "-lmfa", "-lsoftmetal", "-Wl,-rpath,$ORIGIN", "-fuse-ld=lld", f"-L{_runtime('libgcc.a').parent}"]
-        libraries += ["-lgnustep-base", "-lobjc", str(_blocks()[1]), "-lm", "-pthread"]
+        # The functions of blocks come first: GNUstep has some of the same names, which copy nothing.
+        libraries += [str(_blocks()[1]), "-lgnustep-base", "-lobjc", "-lm", "-pthread"]
     partial = made.with_name(f"{made.name}.{os.getpid()}")
     run([find_clang(), *flags, *map(str, sources), "-o", str(partial), *libraries])
     partial.replace(made)

@@ -45,8 +45,11 @@ static NSError* make_error(int32_t status, NSString* description) {
     return [NSError errorWithDomain:MFAErrorDomain code:status userInfo:@{NSLocalizedDescriptionKey : description}];
 }
 
-static NSString* text(const char* words) {
-    return words ? [NSString stringWithUTF8String:words] : @"";
+// What libmfa says of its last error, without the name of the function in C.
+static NSString* last_error(mfa_context_t* context) {
+    NSString* words = [NSString stringWithUTF8String:mfa_last_error(context) ?: ""];
+    const NSRange colon = [words rangeOfString:@": "];
+    return [words hasPrefix:@"mfa_"] && colon.length > 0 ? [words substringFromIndex:NSMaxRange(colon)] : words;
 }
 
 // Sizes that cannot be make a product 0, for which no memory is looked at: libmfa then refuses them in its own words.
@@ -437,7 +440,7 @@ enum { MOST_TENSORS = 10, MOST_BUFFERS = 49 };
     if (status == MFA_SUCCESS)
         _buffers[_bufferCount++] = wrapped;
     else
-        [self fail:status description:[NSString stringWithFormat:@"the buffer of `%@`: %@", name, text(mfa_last_error(_context))]];
+        [self fail:status description:[NSString stringWithFormat:@"the buffer of `%@`: %@", name, last_error(_context)]];
     return wrapped;
 }
 
@@ -564,7 +567,7 @@ enum { MOST_TENSORS = 10, MOST_BUFFERS = 49 };
 
 // What libmfa says when it is called.
 - (void)note:(int32_t)status {
-    if (status != MFA_SUCCESS) [self fail:status description:text(mfa_last_error(_context))];
+    if (status != MFA_SUCCESS) [self fail:status description:last_error(_context)];
 }
 
 - (void)runForward {
@@ -634,13 +637,13 @@ enum { MOST_TENSORS = 10, MOST_BUFFERS = 49 };
     if (!device)
         failure = make_error(MFA_ERROR_INVALID_ARGUMENT, @"`device` must not be nil");
     else if (status != MFA_SUCCESS)
-        failure = make_error(status, text(mfa_last_error(NULL)));
+        failure = make_error(status, last_error(NULL));
     else {
         // Whether it is libmfa's device shows in what libmfa says to a buffer of it.
         id<MTLBuffer> probe = [device newBufferWithLength:sizeof(float) options:MTLResourceStorageModeShared];
         mfa_buffer_t* wrapped = NULL;
         status = mfa_create_buffer_from_metal(_context, (__bridge void*)probe, &wrapped);
-        if (status != MFA_SUCCESS) failure = make_error(status, [@"`device`: " stringByAppendingString:text(mfa_last_error(_context))]);
+        if (status != MFA_SUCCESS) failure = make_error(status, [@"`device`: " stringByAppendingString:last_error(_context)]);
         mfa_destroy_buffer(wrapped);
         MFA_RELEASE(probe);
     }

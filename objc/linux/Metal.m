@@ -164,6 +164,11 @@ static void call_handler(void* state, sm_command_buffer* commands) {
 @interface SoftMetalDevice : SoftMetalObject <MTLDevice>
 @end
 
+// The only memory of this device is the host's.
+static BOOL is_shared(MTLResourceOptions options) {
+    return (options >> 4 & 15) == MTLStorageModeShared;
+}
+
 typedef void (^Deallocator)(void* pointer, NSUInteger length);
 
 static void call_deallocator(void* state, void* memory, uint64_t length) {
@@ -198,11 +203,11 @@ static void call_deallocator(void* state, void* memory, uint64_t length) {
 }
 
 - (id<MTLBuffer>)newBufferWithLength:(NSUInteger)length options:(MTLResourceOptions)options {
-    return (id)sm_device_new_buffer((sm_device*)self, length);
+    return is_shared(options) ? (id)sm_device_new_buffer((sm_device*)self, length) : nil;
 }
 
 - (id<MTLBuffer>)newBufferWithBytes:(const void*)pointer length:(NSUInteger)length options:(MTLResourceOptions)options {
-    sm_buffer* made = sm_device_new_buffer((sm_device*)self, length);
+    sm_buffer* made = is_shared(options) ? sm_device_new_buffer((sm_device*)self, length) : NULL;
     if (made) memcpy(sm_buffer_contents(made), pointer, length);
     return (id)made;
 }
@@ -211,6 +216,7 @@ static void call_deallocator(void* state, void* memory, uint64_t length) {
                                    length:(NSUInteger)length
                                   options:(MTLResourceOptions)options
                               deallocator:(Deallocator)deallocator {
+    if (!is_shared(options)) return nil;
     Deallocator held = deallocator ? Block_copy(deallocator) : NULL;
     sm_buffer* made = sm_device_new_buffer_no_copy((sm_device*)self, pointer, length, held ? call_deallocator : NULL, held);
     if (!made && held) Block_release(held);
