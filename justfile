@@ -42,6 +42,11 @@ test-metal-asan: build
 test-metal-tsan: build
     @SOFTMETAL_SANITIZER=thread python -m pytest tests/test_softmetal_device.py
 
+# Run the conformance suite through every language and backend, and print the matrix: ./justw conformance [--write]
+conformance *arguments: build
+    @python -m pytest --quiet tests/test_conformance.py
+    @python tests/conformance/report.py "$@"
+
 # Check formats, lints, types and the record of the binary interface
 check: build
     ruff format --check --quiet

@@ -53,8 +53,23 @@ extension Tensor {
     }
 
     private static func checkScales(_ name: StaticString, _ scales: UnsafePointer<Float>, _ range: Range<Int>) throws(MFAError) {
+        if Tensor.areFiniteAndPositive(scales, range) { return }
         for index in range where !(scales[index] > 0 && scales[index] < .infinity) {
             throw .argument("`\(name)`: scales must be finite and positive (got \(scales[index]) at \(index))")
         }
+    }
+
+    /// Many at once: a decoding step has far more scales than queries.
+    private static func areFiniteAndPositive(_ scales: UnsafePointer<Float>, _ range: Range<Int>) -> Bool {
+        typealias Bits = SIMD16<UInt32>
+        // The bits of what is finite and positive are 1 ... those of the largest number.
+        let end = Bits(repeating: Float.greatestFiniteMagnitude.bitPattern)
+        let whole = range.lowerBound + range.count / Bits.scalarCount * Bits.scalarCount
+        var outside = SIMDMask<Bits.MaskStorage>(repeating: false)
+        for index in stride(from: range.lowerBound, to: whole, by: Bits.scalarCount) {
+            outside .|= UnsafeRawPointer(scales + index).loadUnaligned(as: Bits.self) &- 1 .>= end
+        }
+        for index in whole..<range.upperBound where (scales[index].bitPattern &- 1) >= end[0] { return false }
+        return outside == SIMDMask(repeating: false)
     }
 }

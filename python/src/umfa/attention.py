@@ -20,6 +20,7 @@ from umfa.arrays import (
     NUMPY,
     ArrayView,
     Framework,
+    allocate,
     is_recorded,
     is_tensor,
     numpy_of,
@@ -44,9 +45,11 @@ _GRADIENTS = ("query", "key", "value", "mask", "sinks", "alibi_slopes")
 class _Workspace:
     """The C structures of one call. They are kept and used again, because making them costs more than filling them."""
 
-    __slots__ = ("attention", "blank", "gradients", "key", "mask", "output", "query", "value")
+    __slots__ = ("attention", "blank", "gradients", "key", "mask", "output", "query", "result", "signature", "value")
 
     def __init__(self) -> None:
+        self.signature: tuple[Any, ...] | None = None  # of the call that the structures are filled for, where `_signature` gave one
+        self.result: tuple[tuple[int, ...], Any] = ((), None)  # shape and dtype of that call's result
         self.query, self.key, self.value, self.output, self.mask = (_new_tensor() for _ in range(5))
         attention = ffi.new("mfa_attention_t *")
         lib.mfa_attention_initialize(attention, _ATTENTION_SIZE)
@@ -162,6 +165,7 @@ def _prepare(
     choice(function, "layout", layout, LAYOUTS)
     attention = workspace.attention
     ffi.memmove(attention, workspace.blank, _ATTENTION_SIZE)
+    workspace.signature = None
 
     query = _operand(function, names[0], q, layout)
     key = _operand(function, names[1], k, layout)
@@ -399,6 +403,34 @@ def _forward(
     return (result, lse) if with_lse else result
 
 
+def _signature(q: Any, k: Any, v: Any, layout: str, options: _Options) -> tuple[Any, ...] | None:
+    """What tells plain calls on contiguous NumPy arrays apart, but for the addresses: of two with one signature, only those differ.
+
+    Most of what a small call costs is looking at its arguments; a loop makes it with the same ones again and again. None: not that plain.
+    """
+    mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize = options
+    if not (type(q) is type(k) is type(v) is np.ndarray and mask is window is alibi_slopes is sinks is kv_lengths is query_offset is None):
+        return None
+    if not (seed is quantize is None and type(dropout_p) is float and dropout_p == 0.0 and type(dropout_offset) is int):
+        return None
+    if not (type(causal) in (bool, str) and (scale is None or type(scale) is float) and type(softcap) is float and dropout_offset == 0):
+        return None
+    if not (q.flags.carray and k.flags.carray and v.flags.carray):  # contiguous, aligned, writable
+        return None
+    return layout, causal, scale, softcap, q.dtype, q.shape, k.dtype, k.shape, v.dtype, v.shape
+
+
+def _repeat(function: str, context: MFAContext, workspace: _Workspace, q: Any, k: Any, v: Any) -> np.ndarray[Any, Any]:
+    """The result of a call with the signature of the workspace's."""
+    result = allocate(function, *workspace.result)
+    workspace.query.data = ffi.from_buffer(q)
+    workspace.key.data = ffi.from_buffer(k)
+    workspace.value.data = ffi.from_buffer(v)
+    workspace.output.data = ffi.from_buffer(result)
+    context.call(function, lib.mfa_attention_run_forward, workspace.attention)
+    return result
+
+
 def _compute(
     function: str,
     context: MFAContext | None,
@@ -417,6 +449,11 @@ def _compute(
         workspace = _idle.pop()
     except IndexError:
         workspace = _Workspace()
+    signature = _signature(q, k, v, layout, options) if out is None and not with_lse else None
+    if signature is not None and signature == workspace.signature:
+        result = _repeat(function, context, workspace, q, k, v)
+        _idle.append(workspace)
+        return result, None, 0
     problem = _prepare(function, workspace, q, k, v, layout, options, False, names)
     framework = problem.query.framework
     if out is None:
@@ -432,6 +469,8 @@ def _compute(
         lse_view = view_of(function, "lse", lse)
         workspace.attention.logsumexp = lse_view.pointer
     context.call(function, lib.mfa_attention_run_forward, workspace.attention)
+    if signature is not None:
+        workspace.signature, workspace.result = signature, (result.shape, result.dtype)
     _idle.append(workspace)
     if out is not None:
         view.framework.written(out)

@@ -1,0 +1,232 @@
+"""The conformance suite: the cases, the runners of all languages, the backends, and what results are held to.
+
+`tests/test_conformance.py` makes tests of it, `tests/conformance/report.py` the matrix in docs/conformance.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import expected as expectations
+import inputs
+import umfa
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+Case = dict[str, Any]
+Answer = dict[str, Any]
+
+SCRATCH = ROOT / ".build" / "conformance"
+SECONDS = 300
+LIBRARY = Path(umfa.__file__).parent / ("libmfa.dylib" if sys.platform == "darwin" else "libmfa.so")
+
+
+class UnavailableError(Exception):
+    """Why a language or backend cannot be tried here, in words for the person at the keyboard."""
+
+
+@functools.cache
+def cases() -> tuple[Case, ...]:
+    """All cases of the file."""
+    return tuple(json.loads(line) for line in (HERE / "cases.jsonl").read_text().splitlines())
+
+
+# ---- Backends ----------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A device, and the kernels it may use."""
+
+    name: str
+    device: str
+    kernels: str | None = None
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a runner."""
+        variables = {name: text for name, text in os.environ.items() if name != "MFA_KERNELS"}
+        return variables if self.kernels is None else {**variables, "MFA_KERNELS": self.kernels}
+
+    def check(self) -> None:
+        """Raise UnavailableError if it is not here."""
+        if self.device not in ("cpu", *_devices()):
+            raise UnavailableError(f"there is no device {self.device!r} here")
+        if self.kernels and "," not in self.kernels and self.kernels not in ("reference", "float", "integer"):
+            probe = "import sys, umfa; umfa.MFAContext(device='cpu', num_threads=1)"
+            done = subprocess.run([sys.executable, "-c", probe], env=self.environment(), capture_output=True, check=False)
+            if done.returncode:
+                raise UnavailableError(f"this processor has no {self.kernels}")
+
+
+@functools.cache
+def _devices() -> tuple[str, ...]:
+    return tuple(name for name, found in umfa.info()["devices"].items() if found)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", "cpu"),
+        Backend("cpu, reference kernels", "cpu", "reference"),
+        Backend("cpu, baseline", "cpu", "baseline"),
+        Backend("cpu, avx2", "cpu", "avx2"),
+        Backend("cpu, avxvnni", "cpu", "avxvnni"),
+        Backend("cpu, avx512", "cpu", "avx512"),
+        Backend("cpu, avx512vnni", "cpu", "avx512vnni"),
+        Backend("softmetal", "softmetal"),
+        Backend("metal", "metal"),
+    )
+}
+
+
+# ---- Languages ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _c() -> list[str]:
+    clang = shutil.which("clang") or shutil.which("cc")
+    if clang is None:
+        raise UnavailableError("needs a C compiler")
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    program = SCRATCH / "runner_c"
+    command = [clang, "-std=gnu17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(HERE / "runner.c")]
+    subprocess.run([*command, str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}", "-o", str(program)], check=True)
+    return [str(program)]
+
+
+def _python() -> list[str]:
+    return [sys.executable, str(HERE / "runner.py")]
+
+
+# What makes each language's runner: gives its command, to which the device and the number of threads are appended.
+LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python}
+
+
+@functools.cache
+def command(language: str) -> tuple[str, ...]:
+    """The runner of a language, made when it is first asked for."""
+    return tuple(LANGUAGES[language]())
+
+
+@functools.cache
+def run(language: str, backend: str, threads: int = 2, again: int = 0) -> dict[str, Answer]:
+    """What a language answers to every case on a backend, by the cases' names. `again`: a number to run it once more."""
+    BACKENDS[backend].check()
+    runner = [*command(language), BACKENDS[backend].device, str(threads)]
+    if language == "Python" and threads == 2:
+        runner += ["--values", str(values_folder(backend))]
+    text = "".join(json.dumps(case) + "\n" for case in cases())
+    done = subprocess.run(
+        runner, input=text, capture_output=True, text=True, env=BACKENDS[backend].environment(), timeout=SECONDS, check=False
+    )
+    if done.returncode:
+        raise AssertionError(f"{language}'s runner on {backend} ended with {done.returncode}: {done.stderr[-2000:]}")
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["id"] for answer in answers] == [case["id"] for case in cases()], f"{language} did not answer every case"
+    return {answer["id"]: answer for answer in answers}
+
+
+@functools.cache
+def values_folder(backend: str) -> Path:
+    """Where the Python runner keeps its results on a backend, until this process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="conformance-")
+    _folders.append(folder)
+    return Path(folder.name)
+
+
+_folders: list[tempfile.TemporaryDirectory[str]] = []
+
+
+# ---- What results are held to ------------------------------------------------------------------------------------------------------------
+
+
+def wrong_status(case: Case, answer: Answer) -> str | None:
+    """What is wrong with the status of an answer."""
+    if answer["status"] != case["status"]:
+        return f"{case['id']}: status {answer['status']}, not {case['status']}: {answer['message']}"
+    if case["status"] and not answer["message"]:
+        return f"{case['id']}: refused without a message"
+    return None
+
+
+def written(case: Case, answer: Answer) -> str | None:
+    """What a call that was refused has written. Runners fill what is to be written with 0xA5 before."""
+    if case["status"] == 0:
+        return None
+    untouched = {inputs.hash_of(np.full(count, 0xA5, np.uint8)) for count in _sizes(case)}
+    first_pass = ("query", "d_values") if "backward_k_scale" in case else ()  # of two calls the second is refused
+    for name, content in answer["outputs"].items():
+        if content not in untouched and name not in first_pass:
+            return f"{case['id']}: {name} was written although the call was refused"
+    return None
+
+
+def _sizes(case: Case) -> set[int]:
+    """How many bytes the results of a case may have."""
+    counts = {0}
+    for shape in (*expectations.shapes(case).values(), (case.get("num_heads", 1),)):
+        elements = int(np.prod([float(size) for size in shape]))
+        rows = int(np.prod([float(size) for size in shape[:3]]))
+        if elements <= 1 << 22:
+            counts |= {elements * size for size in (1, 2, 4, 8)}
+        if rows <= 1 << 22:
+            counts |= {rows * 4, rows * 8}
+    return counts
+
+
+@functools.cache
+def _expected(identifier: str) -> dict[str, np.ndarray]:
+    return expectations.expected(next(case for case in cases() if case["id"] == identifier))
+
+
+def out_of_bounds(case: Case, backend: str) -> str | None:
+    """Where Python's results on a backend are farther from the reference than the case allows."""
+    answer = run("Python", backend)[case["id"]]
+    if case["status"] or "skipped" in answer:
+        return None
+    exact = _expected(case["id"])
+    with np.load(values_folder(backend) / (case["id"].replace("/", "+") + ".npz")) as found:
+        for name, wanted in exact.items():
+            got, real = found[name].astype(np.float64), np.asarray(wanted).astype(np.float64)
+            got = got.reshape(real.shape)
+            if not np.array_equal(np.isfinite(got), np.isfinite(real)) or not np.array_equal(np.isposinf(got), np.isposinf(real)):
+                return f"{case['id']}: {name} is not finite where it should be, or the reverse"
+            finite = np.isfinite(real)
+            if not finite.any():
+                continue
+            error = np.abs(got[finite] - real[finite]).max() / max(1.0, np.abs(real[finite]).max())
+            if error > case["bound"]:
+                return f"{case['id']}: {name} is off by {error:.2e} of the largest, allowed are {case['bound']:.1e}"
+    return None
+
+
+def other_than_c(case: Case, language: str, backend: str) -> str | None:
+    """Where a language's answer is not C's: other bytes, another status, or a message without C's in it."""
+    answer, model = run(language, backend)[case["id"]], run("C", backend)[case["id"]]
+    if "skipped" in answer:
+        return None
+    if answer["status"] != model["status"]:
+        return f"{case['id']}: status {answer['status']} ({answer['message']}), in C {model['status']} ({model['message']})"
+    if not case["status"] and answer["outputs"] != model["outputs"]:
+        names = [name for name in model["outputs"] if answer["outputs"].get(name) != model["outputs"][name]]
+        return f"{case['id']}: other bytes than in C: {', '.join(names) or 'results that C does not have'}"
+    if case["status"] and language != "Python" and _plain(model["message"]) not in answer["message"]:
+        return f"{case['id']}: says {answer['message']!r}, in C {model['message']!r}"
+    return None
+
+
+def _plain(message: str) -> str:
+    """A message of the library without the function's name."""
+    return message.partition(": ")[2]
