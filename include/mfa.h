@@ -193,8 +193,8 @@ MFA_API const char* MFA_NULLABLE mfa_version_string(void);
 /* Allocates `size` bytes (zeroed, aligned to the page; 0 is legal). Returns 0; 1; 3 if size exceeds 2^63 - 1; 5; 2. */
 MFA_API int32_t mfa_create_buffer(mfa_context_t* MFA_CHECKED context, size_t size, mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 
-/* Wraps `size` bytes at `memory`, which the caller keeps alive until the buffer is destroyed; no copy. Returns 0; 1; 3 if the range wraps
- * around; 5 for NULL memory with a size, or a NULL `buffer`; 2. */
+/* Wraps `size` bytes at `memory`, which the caller keeps alive until the buffer is destroyed; no copy. A GPU sees them there if they are whole
+ * pages (of 16 KiB), else it gets copies. Returns 0; 1; 3 if the range wraps around; 5 for NULL memory with a size, or a NULL `buffer`; 2. */
 MFA_API int32_t mfa_create_buffer_from_memory(mfa_context_t* MFA_CHECKED context, void* MFA_CHECKED memory, size_t size,
                                               mfa_buffer_t* MFA_NULLABLE* MFA_CHECKED buffer);
 
@@ -335,10 +335,10 @@ MFA_API int32_t mfa_attention_run_backward(mfa_context_t* MFA_CHECKED context, c
 
 /*
  * Record the same work into `command_buffer`, an id<MTLCommandBuffer> bridged to void* (on SOFTMETAL an sm_command_buffer* of softmetal.h),
- * without committing it or waiting. All arrays that the work reads or writes, kv_lengths and scales among them, lie in buffers of the device,
- * as `buffer` of their tensor or as addresses in such a buffer's contents, and are read when the work runs. What only the device can see is
- * not checked: kv_lengths are clamped to 0 ... seq_len_kv; bad scales, and scores beyond the range of float, make their rows NaN.
- * Temporary memory is kept until the command buffer has completed.
+ * which has no open encoder, without committing it or waiting. All arrays that the work reads or writes, kv_lengths and scales among them,
+ * lie in buffers of the device, as `buffer` of their tensor or as addresses in such a buffer's contents, and are read when the work runs.
+ * What only the device can see is not checked: kv_lengths are clamped to 0 ... seq_len_kv; bad scales, values that cannot be quantised, and
+ * scores beyond the range of float make the rows that they reach NaN. Temporary memory is kept until the command buffer has completed.
  * Return 0, 1, 2, 3, 4 for a kernel that cannot be compiled, 5 also for a command buffer that is another device's or was committed, or 6: on a
  * context that is not a Metal one, or for work that the device leaves to the CPU. Nothing was recorded unless they return 0.
  */

@@ -16,12 +16,10 @@ from test_backward import NAMES, random_gradients, run_backward
 if not umfa.info()["devices"]["softmetal"]:
     pytest.skip("libsoftmetal is not built", allow_module_level=True)
 
-# About threads of the CPU; and about rows beside those that attend what is not finite: a forward call with such rows is computed anew by the
-# CPU as a whole, so that their last bits are others.
+# About threads of the CPU.
 LEFT_OUT = {
     "test_attention_backward__more_threads_than_processors__ends_with_the_same_bits",
     "test_attention_backward__any_number_of_threads_over_many_tiles__gives_the_same_bits",
-    "test_attention_backward__what_is_not_finite_in_a_later_tile__reaches_only_what_attends_it",
 }
 for module, prefix in (
     (test_backward, "test_attention_backward__"),
@@ -69,11 +67,3 @@ def test_softmetal__backward_threads_in_any_order__give_the_same_bits(option, or
     monkeypatch.setenv("SOFTMETAL_ORDER", order)
     for name, gradient in run_backward(made, grad_out, grad_lse).items():
         assert gradient.tobytes() == expected[name].tobytes(), name
-
-
-@pytest.mark.parametrize("poison", [np.nan, np.inf])
-@pytest.mark.parametrize("operand", ["query", "key", "value", "grad_out"])
-def test_softmetal__what_is_not_finite_and_excluded__changes_no_bit(operand, poison, rng):
-    test_float_backward.test_attention_backward__what_is_not_finite_in_a_later_tile__reaches_only_what_attends_it(
-        "excluded", operand, poison, rng
-    )

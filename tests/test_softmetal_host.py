@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ if not umfa.info()["devices"]["softmetal"]:
 
 sm_ffi = software_device.ffi
 sm = software_device.open_interface()
+DECODE = Sizes(batch=2, heads=4, kv_heads=2, rows=2, columns=300, channels=32, value_channels=32)
 SMALL = Sizes(batch=2, heads=2, kv_heads=1, rows=9, columns=40, channels=16, value_channels=24)
 
 
@@ -381,10 +383,11 @@ def test_run_backward__on_buffers_of_metal__is_computed_on_their_contents(contex
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
 @pytest.mark.parametrize("dtypes", [("float32",) * 3, ("int8", "int4", "float16")], ids=["float32", "mixed"])
 @pytest.mark.parametrize("option", [name for name in OPTIONS if not name.endswith("float64")])
-def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, context, arrays, queue):
-    made = problem_with(option, seed=3, sizes=SMALL, dtypes=dtypes)
+def test_encode_forward__run_by_the_caller__is_what_run_forward_writes(option, dtypes, sizes, context, arrays, queue):
+    made = problem_with(option, seed=3, sizes=sizes, dtypes=dtypes)
     expected, call = Call(made, arrays), Call(made, arrays)
     assert lib.mfa_attention_run_forward(context, expected.pointer) == SUCCESS, message(context)
     commands = sm.sm_command_queue_new_command_buffer(queue, 0)
@@ -594,14 +597,49 @@ def test_encode_forward__bad_scales__make_the_rows_that_they_reach_nan(dtype, na
         assert (np.isnan(call.logsumexp) == reached).all()
 
 
-def test_encode_forward__scores_beyond_float__are_nan(context, arrays, commands):
-    made = problem(np.random.default_rng(0), SMALL, scale=1e30)
+@pytest.mark.parametrize("size", [1e20, -1e20])
+@pytest.mark.parametrize("sizes", [SMALL, DECODE], ids=["tiles", "decode"])
+def test_encode_forward__scores_beyond_float__are_nan(sizes, size, context, arrays, commands):
+    """Also those that are all -inf by arithmetic: such a row is not empty."""
+    made = problem(np.random.default_rng(0), sizes, scale=1e30)
     call = Call(made, arrays)
-    call.operands[0][0, 1, 4] = 1e20
+    call.operands[0][0, 1, 1] = size
+    call.operands[1][0] = np.abs(call.operands[1][0])
     assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
     run(commands)
-    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 4]]
-    assert np.isnan(call.output[0, 1, 4]).all()
+    assert np.argwhere(np.isnan(call.logsumexp)).tolist() == [[0, 1, 1]]
+    assert np.isnan(call.output[0, 1, 1]).all()
+
+
+def test_encode_forward__offsets_out_of_range__are_clamped(context, arrays, commands):
+    made = problem(np.random.default_rng(0), SMALL, causal=True, query_offset=np.array([2**60, -(2**60)]))
+    call = Call(made, arrays)
+    offsets = np.ndarray(2, np.int64, (ctypes.c_char * 16).from_address(int(native.ffi.cast("uintptr_t", call.pointer.query_offsets))))
+    offsets[:] = [2**63 - 1, -(2**63)]
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == SUCCESS
+    run(commands)
+    np.testing.assert_allclose(call.output, made.run()[0], rtol=0, atol=1e-5)
+    assert np.isneginf(call.logsumexp[1]).all()
+
+
+def test_encode_forward__whole_pages_of_the_caller_s__are_read_and_written_there(context, commands, rng):
+    page = 16384
+    whole = mmap.mmap(-1, 9 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+    first = -start % page
+    found = native.ffi.new("mfa_buffer_t **")
+    memory = native.ffi.cast("void *", start + first)
+    assert lib.mfa_create_buffer_from_memory(context, memory, 8 * page, found) == SUCCESS
+    views = np.frombuffer(whole, np.float32, 8 * page // 4, first).reshape(4, -1)
+    shape = (1, 2, 20, 16)
+    q, k, v, out = (view[5 : 5 + np.prod(shape)].reshape(shape) for view in views)
+    for operand in (q, k, v):
+        operand[...] = rng.normal(size=shape)
+    given = native.attention(*map(native.tensor, (q, k, v, out)), softmax_scale=0.25)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), given.pointer) == SUCCESS, message(context)
+    run(commands)
+    np.testing.assert_allclose(out, umfa.attention(q, k, v, scale=0.25), rtol=0, atol=1e-5)
+    assert lib.mfa_destroy_buffer(found[0]) == SUCCESS
 
 
 def test_encode_forward__empty_problems__record_nothing_or_empty_rows(context, arrays, commands):

@@ -54,11 +54,14 @@ enum DeviceRegistry {
     private static let installed = Device.metal
 
     private static func makeMetal(_ options: Options) throws(MFAError) -> any Backend {
-        // A pointer that a caller passes is an Objective-C object, and is trusted to be one that lives.
-        func object(_ pointer: UnsafeMutableRawPointer) -> AnyObject { Unmanaged<AnyObject>.fromOpaque(pointer).takeUnretainedValue() }
         let objects = MetalObjects(
-            buffer: { object($0) as? any MTLBuffer }, commandBuffer: { object($0) as? any MTLCommandBuffer })
+            buffer: { object(at: $0) as? any MTLBuffer }, commandBuffer: { object(at: $0) as? any MTLCommandBuffer })
         return try MetalBackend(.metal, named: "metal", threads: options.threads, allocator: options.allocator, objects: objects)
+    }
+
+    /// A pointer that a caller passes is an Objective-C object, and is trusted to be one that lives.
+    private static func object(at pointer: UnsafeMutableRawPointer) -> AnyObject {
+        Unmanaged<AnyObject>.fromOpaque(pointer).takeUnretainedValue()
     }
     #endif
 }

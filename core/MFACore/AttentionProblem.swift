@@ -38,9 +38,9 @@ public struct AttentionProblem {
     public let key: Tensor
     public let value: Tensor
     /// Nil in backward only.
-    public let output: Tensor?
+    public private(set) var output: Tensor?
     /// Never nil in backward, unless it has no element.
-    public let logsumexp: UnsafeMutableRawPointer?
+    public private(set) var logsumexp: UnsafeMutableRawPointer?
     /// The mask is broadcast by strides of 0.
     public let options: AttentionOptions
     public let softmaxScale: Double
@@ -98,6 +98,14 @@ public struct AttentionProblem {
     /// depend on the whole.
     public func part(batch: Int, keyValueHeads: Range<Int>) -> AttentionProblem {
         AttentionProblem(self, batch: batch, keyValueHeads: keyValueHeads)
+    }
+
+    /// The same forward problem with its results elsewhere, in memory that is good for them.
+    public func writing(output: Tensor, logsumexp: UnsafeMutableRawPointer?) -> AttentionProblem {
+        var problem = self
+        problem.output = output.normalized()
+        problem.logsumexp = logsumexp
+        return problem
     }
 
     private init(_ whole: AttentionProblem, batch: Int, keyValueHeads: Range<Int>) {

@@ -83,11 +83,13 @@ struct AttentionArguments {
     private var passes: [QuantizePass] = []
     private let flags: DeviceFlags
 
-    // The words of `flags`: whether float is too narrow, and whether an operand has a value that cannot be quantised.
+    // The words of `flags`: whether float is too narrow for a row, and whether an operand has a value that cannot be quantised.
     private static let care = 0
     private static let query = 1
     private static let key = 2
     private static let value = 3
+    /// From here on: whether it is for this row that float is too narrow.
+    private static let careOfRows = 4
 
     /// Takes the memory, and reads the operands that have to be copied; of a deferred call, none.
     init(
@@ -107,7 +109,7 @@ struct AttentionArguments {
             sequencesPass = nil
         }
         bindings[1] = sequences
-        flags = try DeviceFlags(4, memory)
+        flags = try DeviceFlags(AttentionArguments.careOfRows + problem.rowCount, memory)
         bindings[27] = flags.address(AttentionArguments.care)
         let query = try AttentionArguments.bind(
             problem.query, options.quantizeQuery, nil, nil, flags.address(AttentionArguments.query), to: (2, 10, 11, nil), memory, &library,
@@ -173,8 +175,11 @@ struct AttentionArguments {
         if flags[AttentionArguments.value] { throw .notFinite("value") }
     }
 
-    /// Whether the results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
+    /// Whether there are rows whose results mean nothing, once the kernel has run: a score or a sum was beyond the range of float.
     var needsCare: Bool { flags[AttentionArguments.care] }
+
+    /// Whether a row, by its place among the statistics, is one of them.
+    func needsCare(_ statistic: Int) -> Bool { flags[AttentionArguments.careOfRows + statistic] }
 
     /// Where each sequence's rows stand, and how many keys it has.
     private static func sequences(_ problem: AttentionProblem) -> [Sequence] {

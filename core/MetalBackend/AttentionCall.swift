@@ -6,6 +6,7 @@ import Metal
 struct AttentionCall: DeviceCall {
     private let problem: AttentionProblem
     private let steps: [Step]
+    private let memory: DeviceMemory
     private let arguments: AttentionArguments
     private let results: DeviceResults
 
@@ -22,6 +23,7 @@ struct AttentionCall: DeviceCall {
     ) throws(MFAError) {
         guard let output = problem.output else { throw .argument("`output` must not be NULL") }
         self.problem = problem
+        self.memory = memory
         var arguments = try AttentionArguments(problem, memory, &library, isDeferred: isDeferred)
         var results = DeviceResults()
         (arguments.bindings[5], arguments.parameters.output) = try results.add(output, memory)
@@ -80,15 +82,44 @@ struct AttentionCall: DeviceCall {
         }
     }
 
-    /// Gives the caller the results, or has the CPU compute them.
+    /// Gives the caller the results, those of some rows computed by the CPU.
     func finish(_ cpu: CPUBackend) throws(MFAError) {
         try arguments.checkPasses()
-        guard arguments.needsCare else { return results.copy() }
+        results.copy()
+        if !arguments.needsCare { return }
         do throws(MFAError) {
-            try cpu.forward(problem)
+            try computeAnew(cpu)
         } catch {
-            // Too late for another status: where results are not copied, the device has written them.
+            // Too late for another status: results are written.
             throw MFAError(.executionFailed, error.message)
+        }
+    }
+
+    /// Has the CPU compute the call in memory of its own, and takes over the rows for which float is too narrow. All others keep their bits.
+    private func computeAnew(_ cpu: CPUBackend) throws(MFAError) {
+        guard let output = problem.output, let address = output.address else { return }
+        let shape = output.shape
+        let unit = output.precision.unitSize
+        let buffers = (try memory.make(problem.rowCount * shape[3] * unit), try memory.make(problem.rowCount * MemoryLayout<Float>.size))
+        defer { withExtendedLifetime(buffers) {} }
+        let data = buffers.0.contents()
+        let statistics = buffers.1.contents()
+        let anew = Tensor(data, precision: output.precision, shape: shape)
+        try cpu.forward(problem.writing(output: anew, logsumexp: problem.logsumexp == nil ? nil : statistics))
+        for batch in 0..<shape[0] {
+            for head in 0..<shape[1] {
+                for row in 0..<shape[2] {
+                    let statistic = (batch * shape[1] + head) * shape[2] + row
+                    if !arguments.needsCare(statistic) { continue }
+                    let target = batch * output.strides[0] + head * output.strides[1] + row * output.strides[2]
+                    for channel in 0..<shape[3] {
+                        let from = data + (statistic * shape[3] + channel) * unit
+                        (address + (target + channel * output.strides[3]) * unit).copyMemory(from: from, byteCount: unit)
+                    }
+                    let offset = statistic * MemoryLayout<Float>.size
+                    problem.logsumexp.map { $0 + offset }?.copyMemory(from: statistics + offset, byteCount: MemoryLayout<Float>.size)
+                }
+            }
         }
     }
 }

@@ -69,10 +69,13 @@ struct DeviceMemory {
     func find(_ memory: UnsafeMutableRawPointer, size: Int) -> DeviceAddress? {
         let start = UInt(bitPattern: memory)
         if let found = KnownBuffers.shared.find(start, size: size, of: device) { return found }
-        guard size > 0, start % UInt(DeviceMemory.page) == 0, size % DeviceMemory.page == 0,
-            let buffer = device.makeBuffer(bytesNoCopy: memory, length: size, options: .storageModeShared, deallocator: nil)
-        else { return nil }
-        return DeviceAddress(buffer: buffer, offset: 0)
+        return wrap(memory, size: size).map { DeviceAddress(buffer: $0, offset: 0) }
+    }
+
+    /// A buffer on the host's memory itself; nil if that is not whole pages.
+    func wrap(_ memory: UnsafeMutableRawPointer, size: Int) -> (any MTLBuffer)? {
+        guard size > 0, UInt(bitPattern: memory) % UInt(DeviceMemory.page) == 0, size % DeviceMemory.page == 0 else { return nil }
+        return device.makeBuffer(bytesNoCopy: memory, length: size, options: .storageModeShared, deallocator: nil)
     }
 
     /// `size` bytes of the host's memory as the device sees them, copied where that is needed. Nil stands for no bytes.

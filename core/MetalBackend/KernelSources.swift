@@ -152,6 +152,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -214,6 +215,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -535,6 +542,7 @@ enum KernelSources {
             ushort lane [[thread_index_in_simdgroup]],
             ushort simdgroup [[simdgroup_index_in_threadgroup]])
         {
+            constexpr bool HOLDS = CHANNELS <= 64;  // the rows' operands in registers, while they last
             threadgroup float tile[COLUMNS * (CHANNELS + 4)];
             threadgroup int votes[SIMDGROUPS];
 
@@ -600,7 +608,7 @@ enum KernelSources {
                     clear(products, 4);
                     clear(grad_products, 4);
                     for (int block = 0; block < value_blocks; block++) {
-                        if (is_first || value_blocks > 1) {
+                        if (is_first || !HOLDS || value_blocks > 1) {
                             load_matrices<CHANNELS>(grad_output_matrices, grad_output, parameters.grad_output, batch, head, rows.row, rows.has_row,
                                                     block * CHANNELS, p.head_dim_v, place);
                         }
@@ -612,7 +620,7 @@ enum KernelSources {
                     // The block whose gradient is computed here comes last, and stays in the tile.
                     for (int step = 1; step <= channel_blocks; step++) {
                         const int block = (own_block + step) % channel_blocks;
-                        if (is_first || channel_blocks > 1) {
+                        if (is_first || !HOLDS || channel_blocks > 1) {
                             load_matrices<CHANNELS>(query_matrices, query, p.query, batch, head, rows.row, rows.has_row, block * CHANNELS,
                                                     p.head_dim, place);
                         }
@@ -686,6 +694,7 @@ enum KernelSources {
             ushort lane [[thread_index_in_simdgroup]],
             ushort simdgroup [[simdgroup_index_in_threadgroup]])
         {
+            constexpr bool HOLDS = CHANNELS <= 64;  // the columns' operands in registers, while they last
             threadgroup float tile[ROWS * (CHANNELS + 4)];
             threadgroup int votes[SIMDGROUPS];
 
@@ -748,7 +757,7 @@ enum KernelSources {
                     clear(products, 4);
                     clear(grad_products, 4);
                     for (int block = 0; block < value_blocks; block++) {
-                        if (is_first || value_blocks > 1) {
+                        if (is_first || !HOLDS || value_blocks > 1) {
                             load_matrices<CHANNELS>(
                                 value_matrices, value, p.value, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim_v, place);
                         }
@@ -761,7 +770,7 @@ enum KernelSources {
                     // The block whose gradient is computed here comes last, and stays in the tile.
                     for (int step = 1; step <= channel_blocks; step++) {
                         const int block = (own_block + step) % channel_blocks;
-                        if (is_first || channel_blocks > 1) {
+                        if (is_first || !HOLDS || channel_blocks > 1) {
                             load_matrices<CHANNELS>(
                                 key_matrices, key, p.key, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim, place);
                         }
@@ -862,7 +871,6 @@ enum KernelSources {
         {
             constexpr int CHANNELS = 64;
             threadgroup float tile[COLUMNS * (CHANNELS + 4)];
-            threadgroup int votes[SIMDGROUPS];
 
             constant Parameters& p = parameters.attention;
             if (is_refused(p, flags)) { return; }
@@ -899,13 +907,7 @@ enum KernelSources {
                             if (columns.first >= first + COLUMNS || columns.end <= first) { continue; }
                             bool kept[ELEMENTS];
                             float bias[ELEMENTS];
-                            const bool any = keep_columns(p, mask, rows, first, place.column, kept, bias);
-                            const bool simdgroup_attends = simd_any(any);
-                            threadgroup_barrier(mem_flags::mem_threadgroup);
-                            if (lane == 0) { votes[simdgroup] = simdgroup_attends; }
-                            threadgroup_barrier(mem_flags::mem_threadgroup);
-                            if ((votes[0] | votes[1] | votes[2] | votes[3]) == 0) { continue; }
-
+                            keep_columns(p, mask, rows, first, place.column, kept, bias);
                             simdgroup_float8x8 matrices[CHANNELS / 8];
                             simdgroup_float8x8 products[4];
                             simdgroup_float8x8 grad_products[4];
@@ -1153,6 +1155,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -1215,6 +1218,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -1506,7 +1515,7 @@ enum KernelSources {
                     }
                 }
                 if (place.column == 0) { part_statistics[at] = {largest[rows], row_is_safe ? row_total : NAN}; }
-                if (!is_finite) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+                if (!is_finite) { ask_for_care(p, flags, batch, head, packed % p.seq_len_q); }
             }
         }
 
@@ -1565,7 +1574,7 @@ enum KernelSources {
             if (has_logsumexp && index == 0) {
                 logsumexp[statistic_of(p, batch, head, row)] = total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
-            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+            if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
         }
 
         """#
@@ -1580,7 +1589,7 @@ enum KernelSources {
         //
         // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
         // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-        // attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
+        // attended score, or a sum, is not finite, flags say for which row: its results mean nothing, and the caller computes it in a wider type.
 
         #line 1 "attention.h"
         // What the kernels of attention share: how operands lie in memory, what a pipeline is specialised to, and the rules of scores.
@@ -1715,6 +1724,7 @@ enum KernelSources {
         constant constexpr int REFUSED_QUERY = 1;
         constant constexpr int REFUSED_KEY = 2;
         constant constexpr int REFUSED_VALUE = 3;
+        constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
         METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
         {
@@ -1777,6 +1787,12 @@ enum KernelSources {
         METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
         {
             return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+        }
+
+        METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+        {
+            atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+            atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
         }
 
         // Columns first <= j < end.
@@ -2072,7 +2088,7 @@ enum KernelSources {
                 const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
                 logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
             }
-            if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+            if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
         }
 
         template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;

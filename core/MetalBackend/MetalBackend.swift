@@ -68,13 +68,19 @@ public final class MetalBackend: Backend {
     public func makeBuffer(size: Int) throws(MFAError) -> Buffer {
         try checkProcess()
         if size == 0 { return Buffer(contents: nil, size: 0) }
-        let buffer = try memory.make(size)
+        let buffer = try autoreleasepool { () throws(MFAError) in try memory.make(size) }
         memory.remember(buffer)
         return Buffer(contents: buffer.contents(), size: size, deviceObject: buffer)
     }
 
-    public func wrap(_ memory: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
-        try cpu.wrap(memory, size: size)
+    public func wrap(_ contents: UnsafeMutableRawPointer?, size: Int) throws(MFAError) -> Buffer {
+        try checkProcess()
+        // What is not whole pages is copied when it is used.
+        guard let contents, let buffer = autoreleasepool(invoking: { memory.wrap(contents, size: size) }) else {
+            return try cpu.wrap(contents, size: size)
+        }
+        memory.remember(buffer)
+        return Buffer(contents: contents, size: size, deviceObject: buffer)
     }
 
     public func wrap(deviceBuffer: UnsafeMutableRawPointer) throws(MFAError) -> Buffer {
@@ -94,7 +100,7 @@ public final class MetalBackend: Backend {
         try begin()
         guard let kernel = AttentionKernels.choose(problem, generation) else { return try cpu.forward(problem) }
         if problem.isEmpty { return }
-        try run(try AttentionCall(problem, kernel, memory, &kernels))
+        try run { () throws(MFAError) in try AttentionCall(problem, kernel, memory, &kernels) }
     }
 
     /// A call that computes begins.
@@ -103,24 +109,30 @@ public final class MetalBackend: Backend {
         deviceSeconds = 0
     }
 
-    /// Has the device start a call; `finish` waits for it.
-    private func run(_ call: any DeviceCall) throws(MFAError) {
-        guard let commandBuffer = queue.makeCommandBuffer(), let encoder = commandBuffer.makeComputeCommandEncoder() else {
-            throw MFAError(.allocationFailed, "a command buffer could not be had")
+    /// Has the device start a call; `finish` waits for it. What the framework leaves to be released later is released at the end: a thread of
+    /// C's may have nobody who does.
+    private func run(_ makeCall: () throws(MFAError) -> any DeviceCall) throws(MFAError) {
+        try autoreleasepool { () throws(MFAError) in
+            let call = try makeCall()
+            guard let commandBuffer = queue.makeCommandBuffer(), let encoder = commandBuffer.makeComputeCommandEncoder() else {
+                throw MFAError(.allocationFailed, "a command buffer could not be had")
+            }
+            call.encode(encoder)
+            encoder.endEncoding()
+            commandBuffer.commit()
+            pending = PendingCall(commandBuffer: commandBuffer, call: call)
         }
-        call.encode(encoder)
-        encoder.endEncoding()
-        commandBuffer.commit()
-        pending = PendingCall(commandBuffer: commandBuffer, call: call)
     }
 
     public func finish() throws(MFAError) {
         guard let pending else { return }
         self.pending = nil
-        pending.commandBuffer.waitUntilCompleted()
-        deviceSeconds = pending.commandBuffer.gpuEndTime - pending.commandBuffer.gpuStartTime
-        if let error = pending.commandBuffer.error {
-            throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
+        try autoreleasepool { () throws(MFAError) in
+            pending.commandBuffer.waitUntilCompleted()
+            deviceSeconds = pending.commandBuffer.gpuEndTime - pending.commandBuffer.gpuStartTime
+            if let error = pending.commandBuffer.error {
+                throw MFAError(.executionFailed, "the device \"\(info.name)\" failed: \(error)")
+            }
         }
         try pending.call.finish(cpu)
     }
@@ -128,7 +140,7 @@ public final class MetalBackend: Backend {
     public func backward(_ problem: BackwardProblem) throws(MFAError) {
         try begin()
         guard BackwardCall.serves(problem), !problem.attention.isEmpty else { return try cpu.backward(problem) }
-        try run(try BackwardCall(problem, memory, &kernels))
+        try run { () throws(MFAError) in try BackwardCall(problem, memory, &kernels) }
     }
 
     public func workspaceSize(forward problem: AttentionProblem) throws(MFAError) -> Int {
@@ -165,7 +177,7 @@ public final class MetalBackend: Backend {
             throw .unsupported("\(AttentionKernels.obstacle(problem) ?? "this"): left to the CPU, which cannot be encoded")
         }
         if problem.isEmpty { return }
-        try encode(try AttentionCall(problem, kernel, memory, &kernels, isDeferred: true), into: pointer)
+        try encode(into: pointer) { () throws(MFAError) in try AttentionCall(problem, kernel, memory, &kernels, isDeferred: true) }
     }
 
     public func encode(backward problem: BackwardProblem, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
@@ -175,18 +187,23 @@ public final class MetalBackend: Backend {
             throw .unsupported("\(AttentionKernels.obstacle(problem.attention) ?? "FP64"): left to the CPU, which cannot be encoded")
         }
         if problem.attention.isEmpty { throw .unsupported("gradients without query rows: left to the CPU, which cannot be encoded") }
-        try encode(try BackwardCall(problem, memory, &kernels, isDeferred: true), into: pointer)
+        try encode(into: pointer) { () throws(MFAError) in try BackwardCall(problem, memory, &kernels, isDeferred: true) }
     }
 
     /// Records a call, and holds it until it has run.
-    private func encode(_ call: any DeviceCall, into pointer: UnsafeMutableRawPointer) throws(MFAError) {
-        guard let commandBuffer = objects.commandBuffer(pointer), let encoder = commandBuffer.makeComputeCommandEncoder() else {
-            throw MFAError(.allocationFailed, "an encoder could not be had: end the one that `command_buffer` has first")
+    private func encode(
+        into pointer: UnsafeMutableRawPointer, _ makeCall: () throws(MFAError) -> any DeviceCall
+    ) throws(MFAError) {
+        try autoreleasepool { () throws(MFAError) in
+            let call = try makeCall()
+            guard let commandBuffer = objects.commandBuffer(pointer), let encoder = commandBuffer.makeComputeCommandEncoder() else {
+                throw MFAError(.allocationFailed, "an encoder could not be had")
+            }
+            call.encode(encoder)
+            encoder.endEncoding()
+            let held = HeldCall(call: call)
+            commandBuffer.addCompletedHandler { _ in withExtendedLifetime(held) {} }
         }
-        call.encode(encoder)
-        encoder.endEncoding()
-        let held = HeldCall(call: call)
-        commandBuffer.addCompletedHandler { _ in withExtendedLifetime(held) {} }
     }
 
     // MARK: Quantisation and merging
@@ -194,13 +211,13 @@ public final class MetalBackend: Backend {
     public func quantize(_ problem: QuantizationProblem) throws(MFAError) {
         try begin()
         guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.quantize(problem) }
-        try run(try QuantizeCall(quantizing: problem, memory, &kernels))
+        try run { () throws(MFAError) in try QuantizeCall(quantizing: problem, memory, &kernels) }
     }
 
     public func dequantize(_ problem: QuantizationProblem) throws(MFAError) {
         try begin()
         guard QuantizeCall.serves(problem), problem.input.hasElements else { return try cpu.dequantize(problem) }
-        try run(try QuantizeCall(dequantizing: problem, memory, &kernels))
+        try run { () throws(MFAError) in try QuantizeCall(dequantizing: problem, memory, &kernels) }
     }
 
     public func merge(_ problem: MergeProblem) throws(MFAError) {

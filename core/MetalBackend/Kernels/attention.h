@@ -59,6 +59,7 @@ constant constexpr int CARE = 0;
 constant constexpr int REFUSED_QUERY = 1;
 constant constexpr int REFUSED_KEY = 2;
 constant constexpr int REFUSED_VALUE = 3;
+constant constexpr int CARE_OF_ROWS = 4;  // from here on: whether it is for this row that float is too narrow
 
 METAL_FUNC bool is_refused(constant Parameters& p, const device atomic_uint* flags)
 {
@@ -121,6 +122,12 @@ METAL_FUNC float sum_of_row(float value)
 METAL_FUNC long statistic_of(constant Parameters& p, int batch, int head, int row)
 {
     return (long(batch) * p.num_heads + head) * p.seq_len_q + row;
+}
+
+METAL_FUNC void ask_for_care(constant Parameters& p, device atomic_uint* flags, int batch, int head, int row)
+{
+    atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed);
+    atomic_store_explicit(&flags[CARE_OF_ROWS + statistic_of(p, batch, head, row)], 1u, memory_order_relaxed);
 }
 
 // Columns first <= j < end.

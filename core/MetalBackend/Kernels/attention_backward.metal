@@ -282,6 +282,7 @@ template <int CHANNELS>
     ushort lane [[thread_index_in_simdgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]])
 {
+    constexpr bool HOLDS = CHANNELS <= 64;  // the rows' operands in registers, while they last
     threadgroup float tile[COLUMNS * (CHANNELS + 4)];
     threadgroup int votes[SIMDGROUPS];
 
@@ -347,7 +348,7 @@ template <int CHANNELS>
             clear(products, 4);
             clear(grad_products, 4);
             for (int block = 0; block < value_blocks; block++) {
-                if (is_first || value_blocks > 1) {
+                if (is_first || !HOLDS || value_blocks > 1) {
                     load_matrices<CHANNELS>(grad_output_matrices, grad_output, parameters.grad_output, batch, head, rows.row, rows.has_row,
                                             block * CHANNELS, p.head_dim_v, place);
                 }
@@ -359,7 +360,7 @@ template <int CHANNELS>
             // The block whose gradient is computed here comes last, and stays in the tile.
             for (int step = 1; step <= channel_blocks; step++) {
                 const int block = (own_block + step) % channel_blocks;
-                if (is_first || channel_blocks > 1) {
+                if (is_first || !HOLDS || channel_blocks > 1) {
                     load_matrices<CHANNELS>(query_matrices, query, p.query, batch, head, rows.row, rows.has_row, block * CHANNELS,
                                             p.head_dim, place);
                 }
@@ -433,6 +434,7 @@ template <int CHANNELS>
     ushort lane [[thread_index_in_simdgroup]],
     ushort simdgroup [[simdgroup_index_in_threadgroup]])
 {
+    constexpr bool HOLDS = CHANNELS <= 64;  // the columns' operands in registers, while they last
     threadgroup float tile[ROWS * (CHANNELS + 4)];
     threadgroup int votes[SIMDGROUPS];
 
@@ -495,7 +497,7 @@ template <int CHANNELS>
             clear(products, 4);
             clear(grad_products, 4);
             for (int block = 0; block < value_blocks; block++) {
-                if (is_first || value_blocks > 1) {
+                if (is_first || !HOLDS || value_blocks > 1) {
                     load_matrices<CHANNELS>(
                         value_matrices, value, p.value, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim_v, place);
                 }
@@ -508,7 +510,7 @@ template <int CHANNELS>
             // The block whose gradient is computed here comes last, and stays in the tile.
             for (int step = 1; step <= channel_blocks; step++) {
                 const int block = (own_block + step) % channel_blocks;
-                if (is_first || channel_blocks > 1) {
+                if (is_first || !HOLDS || channel_blocks > 1) {
                     load_matrices<CHANNELS>(
                         key_matrices, key, p.key, batch, kv_head, column, has_column, block * CHANNELS, p.head_dim, place);
                 }
@@ -609,7 +611,6 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
 {
     constexpr int CHANNELS = 64;
     threadgroup float tile[COLUMNS * (CHANNELS + 4)];
-    threadgroup int votes[SIMDGROUPS];
 
     constant Parameters& p = parameters.attention;
     if (is_refused(p, flags)) { return; }
@@ -646,13 +647,7 @@ decltype(attention_backward_key_value<128>) attention_backward_key_value<128>;
                     if (columns.first >= first + COLUMNS || columns.end <= first) { continue; }
                     bool kept[ELEMENTS];
                     float bias[ELEMENTS];
-                    const bool any = keep_columns(p, mask, rows, first, place.column, kept, bias);
-                    const bool simdgroup_attends = simd_any(any);
-                    threadgroup_barrier(mem_flags::mem_threadgroup);
-                    if (lane == 0) { votes[simdgroup] = simdgroup_attends; }
-                    threadgroup_barrier(mem_flags::mem_threadgroup);
-                    if ((votes[0] | votes[1] | votes[2] | votes[3]) == 0) { continue; }
-
+                    keep_columns(p, mask, rows, first, place.column, kept, bias);
                     simdgroup_float8x8 matrices[CHANNELS / 8];
                     simdgroup_float8x8 products[4];
                     simdgroup_float8x8 grad_products[4];

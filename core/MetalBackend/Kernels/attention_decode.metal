@@ -249,7 +249,7 @@ template <int CHANNELS, int ROW_BLOCKS>
             }
         }
         if (place.column == 0) { part_statistics[at] = {largest[rows], row_is_safe ? row_total : NAN}; }
-        if (!is_finite) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+        if (!is_finite) { ask_for_care(p, flags, batch, head, packed % p.seq_len_q); }
     }
 }
 
@@ -308,5 +308,5 @@ template [[host_name("attention_decode_metal_128x32")]] [[kernel]] decltype(atte
     if (has_logsumexp && index == 0) {
         logsumexp[statistic_of(p, batch, head, row)] = total == 0.0f ? -INFINITY : largest + precise::log(total);
     }
-    if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+    if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
 }

@@ -8,7 +8,7 @@
 //
 // Contract: scores, softmax and output are float. A column that a row does not attend has no part in it, not even by a NaN in its key or
 // value: scores are selected, and values that are not finite are left out of the products and counted for the rows that attend them. Where an
-// attended score, or a sum, is not finite, the flag `CARE` is set: then results mean nothing, and the caller computes in a wider type.
+// attended score, or a sum, is not finite, flags say for which row: its results mean nothing, and the caller computes it in a wider type.
 
 #include "attention.h"
 
@@ -253,7 +253,7 @@ template <typename T, int CHANNELS, int TILE>
         const long place = (long(batch) * p.num_heads + head) * p.seq_len_q + row;
         logsumexp[place] = row_is_safe == 0 ? NAN : total == 0.0f ? -INFINITY : largest + precise::log(total);
     }
-    if (!is_safe) { atomic_store_explicit(&flags[CARE], 1u, memory_order_relaxed); }
+    if (!is_safe) { ask_for_care(p, flags, batch, head, row); }
 }
 
 template [[host_name("attention_forward_metal_32x32")]] [[kernel]] decltype(attention_forward<float, 32, 32>) attention_forward<float, 32, 32>;

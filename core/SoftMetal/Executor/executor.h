@@ -88,7 +88,7 @@ struct Fiber {
     int matrix_column;
     int matrix_element;    // the first of them in a matrix by rows
     MatrixQueue* matrices; // NULL in a simdgroup that is not complete
-    int parity;         // of the operations that the lane has met in
+    int parity;            // of the operations that the lane has met in
     unsigned index;
     Operation operation;
     Place place;

@@ -3,6 +3,7 @@
 
 import SoftMetalLoader
 
+/// Our own: Core Foundation's, which is not here.
 public typealias CFTimeInterval = Double
 
 public struct MTLSize: Sendable {
@@ -24,7 +25,7 @@ public struct MTLResourceOptions: OptionSet, Sendable {
         self.rawValue = rawValue
     }
 
-    public static let storageModeShared = MTLResourceOptions([])
+    public static let storageModeShared: MTLResourceOptions = []
 }
 
 public enum MTLDataType: UInt, Sendable {
@@ -67,9 +68,9 @@ public enum MTLLanguageVersion: UInt, Sendable {
 }
 
 public final class MTLCompileOptions {
-    public var languageVersion = MTLLanguageVersion.version3_2
-    public var fastMathEnabled = true
-    public var mathMode = MTLMathMode.fast
+    public var languageVersion: MTLLanguageVersion = .version3_2
+    public var fastMathEnabled: Bool = true
+    public var mathMode: MTLMathMode = .fast
 
     public init() {}
 }
@@ -168,4 +169,9 @@ public func MTLCreateSystemDefaultDevice() -> (any MTLDevice)? {
 /// Our own: why there is no device.
 public func softMetalLoadError() -> String {
     String(cString: softmetal_load_error())
+}
+
+/// Our own: that of Objective-C, which Metal brings along on a Mac. Here nothing is released later.
+public func autoreleasepool<Failure, Result>(invoking body: () throws(Failure) -> Result) throws(Failure) -> Result {
+    try body()
 }

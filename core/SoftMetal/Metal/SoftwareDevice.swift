@@ -70,8 +70,21 @@ final class SoftwareDevice: MTLDevice {
         bytesNoCopy pointer: UnsafeMutableRawPointer, length: Int, options: MTLResourceOptions,
         deallocator: ((UnsafeMutableRawPointer, Int) -> Void)?
     ) -> (any MTLBuffer)? {
-        precondition(deallocator == nil, "a deallocator is not served here")
-        return sm.device_new_buffer_no_copy(object, pointer, UInt64(length), nil, nil).map { SoftwareBuffer(Reference(owning: $0)) }
+        guard let deallocator else {
+            return sm.device_new_buffer_no_copy(object, pointer, UInt64(length), nil, nil).map { SoftwareBuffer(Reference(owning: $0)) }
+        }
+        let state = Unmanaged.passRetained(Deallocator(deallocator))
+        let buffer = sm.device_new_buffer_no_copy(
+            object, pointer, UInt64(length),
+            { state, memory, length in
+                guard let state, let memory else { return }
+                Unmanaged<Deallocator>.fromOpaque(state).takeRetainedValue().body(memory, Int(length))
+            }, state.toOpaque())
+        guard let buffer else {
+            state.release()
+            return nil
+        }
+        return SoftwareBuffer(Reference(owning: buffer))
     }
 
     func makeLibrary(source: String, options: MTLCompileOptions?) throws -> any MTLLibrary {
@@ -93,6 +106,14 @@ final class SoftwareDevice: MTLDevice {
             throw SoftwareError(description: String(decoding: message.prefix { $0 != 0 }.map { UInt8(bitPattern: $0) }, as: UTF8.self))
         }
         return SoftwarePipeline(function)
+    }
+}
+
+private final class Deallocator {
+    let body: (UnsafeMutableRawPointer, Int) -> Void
+
+    init(_ body: @escaping (UnsafeMutableRawPointer, Int) -> Void) {
+        self.body = body
     }
 }
 

