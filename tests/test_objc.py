@@ -132,7 +132,10 @@ class Case:
         for name in ("softcap", "dropout_p", "seed", "dropout_offset"):
             if name in words:
                 fields[name] = words[name]
-        given = {name: str(int(value) if name not in ("softmax_scale", "softcap", "dropout_p") else repr(float(value))) for name, value in fields.items()}
+        given = {
+            name: str(int(value) if name not in ("softmax_scale", "softcap", "dropout_p") else repr(float(value)))
+            for name, value in fields.items()
+        }
         if "scale" not in words:
             del given["softmax_scale"]  # the default of Objective-C
         self.words["options"] = given | schemes
@@ -393,7 +396,11 @@ def wrong_cases() -> dict[str, tuple[Case, int, str]]:
             found[f"{name} too short, {how}"] = (case, INVALID_DIMENSIONS, f"`{name}")
             case = fresh(**words)
             case.words["buffers"][name]["other_device"] = 1
-            found[f"{name} on another device, {how}"] = (case, INVALID_ARGUMENT, f"the buffer of `{name}`: `metal_buffer` belongs to another")
+            found[f"{name} on another device, {how}"] = (
+                case,
+                INVALID_ARGUMENT,
+                f"the buffer of `{name}`: `metal_buffer` belongs to another",
+            )
             case = fresh(**words)
             del case.words["buffers"][name]
             found[f"{name} without a buffer, {how}"] = (case, INVALID_ARGUMENT, f"the buffer of `{name}`")
@@ -516,6 +523,21 @@ def test_examples__run_and_say_what_they_should():
 def test_guide__shows_the_example():
     example = (ROOT / "objc" / "examples" / "quick_start" / "main.m").read_text()
     assert f"```objc\n{example}```\n" in (ROOT / "docs" / "objc.md").read_text()
+
+
+def test_package__on_a_mac__has_the_bridge(tmp_path):
+    """The manifest's other half, as SwiftPM reads it; on a Mac it is read anyway."""
+    text = (ROOT / "Package.swift").read_text()
+    assert text.count("#if os(Linux)") == 1
+    (tmp_path / "Package.swift").write_text(text.replace("#if os(Linux)", "#if !os(Linux)" if sys.platform == "linux" else "#if os(Linux)"))
+    for folder in ("core", "include", "objc"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    command = ["swift", "package", "--package-path", str(tmp_path), "describe", "--type", "json"]
+    described = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout)
+    assert "MFABridge" in [product["name"] for product in described["products"]]
+    (bridge,) = (target for target in described["targets"] if target["name"] == "MFABridge")
+    assert bridge["sources"] == ["MFABridge.m"]
+    assert bridge["target_dependencies"] == ["CABI"]
 
 
 def test_require__without_root__says_what_is_missing(monkeypatch):

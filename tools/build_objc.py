@@ -1,11 +1,11 @@
 """Build programs of Objective-C with MFABridge: its examples and those of its tests.
 
-    python tools/build_objc.py [PROGRAM ...]
+    python tools/build_objc.py [--run] [PROGRAM ...]
 
-Builds the examples of objc/examples (or the programs that are named) into .build-objc and prints their paths. libmfa is there already:
-`./justw build`. On a Mac the framework Metal and ARC are used; this has not yet been run on one. On Linux Metal is objc/linux over the
-software device, and Foundation is GNUstep's, which is installed by apt-get where that is possible; else a program cannot be built, and the
-reason is told.
+Builds the examples of objc/examples (or the programs that are named) into .build-objc and prints their paths, or runs them. libmfa is there
+already: `./justw build`. On a Mac the framework Metal and ARC are used; this has not yet been run on one. On Linux Metal is objc/linux over
+the software device, and Foundation is GNUstep's, which is installed by apt-get where that is possible; else a program cannot be built, and
+the reason is told.
 """
 
 from __future__ import annotations
@@ -172,12 +172,16 @@ def main() -> None:
     """Build what the command line names."""
     parser = argparse.ArgumentParser(description="Build programs of Objective-C with MFABridge.")
     parser.add_argument("program", nargs="*", help=f"default: {' '.join(EXAMPLES)}")
+    parser.add_argument("--run", action="store_true", help="run what was built")
+    arguments = parser.parse_args()
     try:
-        for program in parser.parse_args().program or EXAMPLES:
-            print(build(program))
-    except LeftOutError as error:
-        sys.exit(f"build_objc: {error}")
-    except BuildError as error:
+        for program in arguments.program or EXAMPLES:
+            made = build(program)
+            if not arguments.run:
+                print(made)
+            elif subprocess.run([made], stdin=subprocess.DEVNULL).returncode != 0:
+                sys.exit(f"build_objc: {program} failed")
+    except (LeftOutError, BuildError) as error:
         sys.exit(f"build_objc: {error}")
 
 

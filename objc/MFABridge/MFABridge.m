@@ -20,7 +20,8 @@
 
 // The codes of the interface are those of mfa.h, so that none is translated.
 _Static_assert(MFAErrorInvalidContext == MFA_ERROR_INVALID_CONTEXT && MFAErrorAllocationFailed == MFA_ERROR_ALLOCATION_FAILED, "status");
-_Static_assert(MFAErrorInvalidDimensions == MFA_ERROR_INVALID_DIMENSIONS && MFAErrorExecutionFailed == MFA_ERROR_EXECUTION_FAILED, "status");
+_Static_assert(MFAErrorInvalidDimensions == MFA_ERROR_INVALID_DIMENSIONS && MFAErrorExecutionFailed == MFA_ERROR_EXECUTION_FAILED,
+               "status");
 _Static_assert(MFAErrorInvalidArgument == MFA_ERROR_INVALID_ARGUMENT && MFAErrorUnsupported == MFA_ERROR_UNSUPPORTED, "status");
 _Static_assert(MFAErrorDeviceUnavailable == MFA_ERROR_DEVICE_UNAVAILABLE, "status");
 _Static_assert(MFAPrecisionFP32 == MFA_PRECISION_FP32 && MFAPrecisionFP16 == MFA_PRECISION_FP16, "precision");
@@ -454,7 +455,8 @@ enum { MOST_TENSORS = 10, MOST_BUFFERS = 49 };
     if (view.offset > length || needed > length - view.offset) {
         [self fail:MFA_ERROR_INVALID_DIMENSIONS
             description:[NSString stringWithFormat:@"`%@` must lie within its buffer of %llu bytes (got %llu bytes at offset %llu)", name,
-                                                   (unsigned long long)length, (unsigned long long)needed, (unsigned long long)view.offset]];
+                                                   (unsigned long long)length, (unsigned long long)needed,
+                                                   (unsigned long long)view.offset]];
         return NULL;
     }
     return (char*)mfa_buffer_contents(wrapped) + view.offset;
@@ -540,10 +542,7 @@ enum { MOST_TENSORS = 10, MOST_BUFFERS = 49 };
         const NSUInteger offsets = options.queryOffsetCount;
         attention.num_query_offsets = (uint32_t)MIN(offsets, UINT32_MAX);
         attention.query_offsets = [self array:options.queryOffsets named:@"query_offsets" count:offsets size:sizeof(int64_t)];
-        attention.kv_lengths = [self array:options.kvLengths
-                                     named:@"kv_lengths"
-                                     count:product(1, shape.batch)
-                                      size:sizeof(int64_t)];
+        attention.kv_lengths = [self array:options.kvLengths named:@"kv_lengths" count:product(1, shape.batch) size:sizeof(int64_t)];
         attention.mask = [self tensor:options.mask named:@"mask"];
         attention.alibi_slopes = [self array:options.alibiSlopes named:@"alibi_slopes" count:heads size:size];
         attention.sinks = [self array:options.sinks named:@"sinks" count:heads size:size];

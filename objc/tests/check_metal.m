@@ -12,12 +12,12 @@
 
 static int wrong = 0;
 
-#define CHECK(condition)                                     \
-    do {                                                     \
-        if (!(condition)) {                                  \
+#define CHECK(condition)                                       \
+    do {                                                       \
+        if (!(condition)) {                                    \
             printf("line %d: not %s\n", __LINE__, #condition); \
-            wrong++;                                         \
-        }                                                    \
+            wrong++;                                           \
+        }                                                      \
     } while (0)
 
 static BOOL raises(void (^block)(void)) {
@@ -38,9 +38,7 @@ static void checkDevice(id<MTLDevice> device) {
     CHECK([device.name isEqual:@"software Metal device"]);
     CHECK(device.hasUnifiedMemory);
     CHECK([device supportsFamily:MTLGPUFamilyApple7]);
-    CHECK(raises(^{
-        [[[(id)device class] alloc] init];
-    }));
+    CHECK(raises(^{ [[[(id)device class] alloc] init]; }));
 }
 
 static void checkBuffers(id<MTLDevice> device) {
@@ -133,14 +131,8 @@ static void checkCommandBuffers(id<MTLDevice> device) {
         [last waitUntilCompleted];
         CHECK(last.status == MTLCommandBufferStatusCompleted);
         CHECK([order isEqual:([NSArray arrayWithObjects:@0, @1, @2, @3, nil])]);
-        CHECK(raises(^{
-            [last commit];
-        }));
-        CHECK(raises(^{
-            [last addCompletedHandler:^(id<MTLCommandBuffer> done) {
-              abort();
-            }];
-        }));
+        CHECK(raises(^{ [last commit]; }));
+        CHECK(raises(^{ [last addCompletedHandler:^(id<MTLCommandBuffer> done) { abort(); }]; }));
 
         setenv("SOFTMETAL_FAULT", "execute", 1);
         id<MTLCommandBuffer> failing = [queue commandBuffer];
@@ -152,9 +144,7 @@ static void checkCommandBuffers(id<MTLDevice> device) {
         CHECK([[failing.error localizedDescription] rangeOfString:@"the GPU gave up"].length > 0);
 
         // One that is never committed does not call its handlers, and forgets them.
-        [[queue commandBuffer] addCompletedHandler:^(id<MTLCommandBuffer> done) {
-          abort();
-        }];
+        [[queue commandBuffer] addCompletedHandler:^(id<MTLCommandBuffer> done) { abort(); }];
     }
     // The queue's thread lets go of the last command buffers by itself.
     for (int tries = 0; tries < 1000 && sm_kind(first) != SM_KIND_NONE; tries++) usleep(1000);

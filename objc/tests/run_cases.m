@@ -48,7 +48,8 @@ static double real(id number) {
         _buffers = [[NSMutableDictionary alloc] init];
         NSDictionary* buffers = [description objectForKey:@"buffers"];
         for (NSString* name in buffers) {
-            NSData* data = [[[NSData alloc] initWithBase64EncodedString:[[buffers objectForKey:name] objectForKey:@"data"] options:0] autorelease];
+            NSData* data = [[[NSData alloc] initWithBase64EncodedString:[[buffers objectForKey:name] objectForKey:@"data"]
+                                                                options:0] autorelease];
             id<MTLDevice> device = bridge.device;
 #ifndef __APPLE__
             sm_device* other = [[buffers objectForKey:name] objectForKey:@"other_device"] ? sm_device_create("another GPU", 1009) : NULL;
@@ -87,7 +88,8 @@ static double real(id number) {
 }
 
 static MFAShape shapeOf(NSArray* sizes) {
-    return MFAShapeMake(integer([sizes objectAtIndex:0]), integer([sizes objectAtIndex:1]), integer([sizes objectAtIndex:2]), integer([sizes objectAtIndex:3]));
+    return MFAShapeMake(integer([sizes objectAtIndex:0]), integer([sizes objectAtIndex:1]), integer([sizes objectAtIndex:2]),
+                        integer([sizes objectAtIndex:3]));
 }
 
 - (MFATensor*)tensor:(NSString*)role {
@@ -99,7 +101,11 @@ static MFAShape shapeOf(NSArray* sizes) {
     const MFAShape shape = shapeOf([given objectForKey:@"shape"]);
     MFATensor* made = nil;
     if ([given objectForKey:@"strides"])
-        made = [[MFATensor alloc] initWithBuffer:buffer offset:offset precision:precision shape:shape strides:shapeOf([given objectForKey:@"strides"])];
+        made = [[MFATensor alloc] initWithBuffer:buffer
+                                          offset:offset
+                                       precision:precision
+                                           shape:shape
+                                         strides:shapeOf([given objectForKey:@"strides"])];
     else
         made = [[MFATensor alloc] initWithBuffer:buffer
                                           offset:offset
@@ -124,8 +130,9 @@ static MFAShape shapeOf(NSArray* sizes) {
 
 static MFAQuantizationScheme* scheme(NSDictionary* given) {
     if (!given) return nil;
-    MFAQuantizationScheme* made = [[[MFAQuantizationScheme alloc] initWithPrecision:integer([given objectForKey:@"precision"])
-                                                                        granularity:integer([given objectForKey:@"granularity"])] autorelease];
+    MFAQuantizationScheme* made =
+        [[[MFAQuantizationScheme alloc] initWithPrecision:integer([given objectForKey:@"precision"])
+                                              granularity:integer([given objectForKey:@"granularity"])] autorelease];
     made.blockSize = natural([given objectForKey:@"block_size"]);
     made.groupSize = natural([given objectForKey:@"group_size"]);
     made.asymmetric = [[given objectForKey:@"asymmetric"] boolValue];
@@ -175,7 +182,8 @@ static MFAQuantizationScheme* scheme(NSDictionary* given) {
 
 - (BOOL)run:(NSError**)error into:(id<MTLCommandBuffer>)commands {
     NSString* call = [_description objectForKey:@"call"];
-    MFATensor *query = [self tensor:@"query"], *key = [self tensor:@"key"], *value = [self tensor:@"value"], *output = [self tensor:@"output"];
+    MFATensor *query = [self tensor:@"query"], *key = [self tensor:@"key"], *value = [self tensor:@"value"],
+              *output = [self tensor:@"output"];
     MFABufferView* logsumexp = [self array:@"logsumexp"];
     if ([call isEqual:@"seed"]) {
         _bridge.precision = integer([_description objectForKey:@"precision"]);
@@ -246,7 +254,8 @@ static MFAQuantizationScheme* scheme(NSDictionary* given) {
     id<MTLCommandBuffer> commands = nil;
     if ([_description objectForKey:@"encode"]) {
         id<MTLCommandQueue> queue = [[_bridge.device newCommandQueue] autorelease];
-        commands = [[_description objectForKey:@"encode"] isEqual:@"unretained"] ? [queue commandBufferWithUnretainedReferences] : [queue commandBuffer];
+        commands = [[_description objectForKey:@"encode"] isEqual:@"unretained"] ? [queue commandBufferWithUnretainedReferences]
+                                                                                 : [queue commandBuffer];
         if ([[_description objectForKey:@"encode"] isEqual:@"committed"]) {
             [commands commit];
             [commands waitUntilCompleted];

@@ -18,7 +18,7 @@ NS_ASSUME_NONNULL_BEGIN
 FOUNDATION_EXPORT NSErrorDomain const MFAErrorDomain;
 
 /// The codes of `MFAErrorDomain`. After any but `MFAErrorExecutionFailed` no result has been written.
-typedef NS_ERROR_ENUM(MFAErrorDomain, MFAError) {
+typedef NS_ERROR_ENUM(MFAErrorDomain, MFAError){
     /// A context is none or was destroyed; a bridge's own never is.
     MFAErrorInvalidContext = 1,
     /// Memory for workspace could not be had.
@@ -369,8 +369,7 @@ static inline MFAShape MFAShapeMake(int64_t batch, int64_t heads, int64_t tokens
                        output:(MFATensor*)output
                     logsumexp:(nullable MFABufferView*)logsumexp
                       options:(nullable MFAAttentionOptions*)options
-                        error:(NSError* _Nullable* _Nullable)error
-    NS_SWIFT_NAME(runAttention(query:key:value:output:logsumexp:options:));
+                        error:(NSError* _Nullable* _Nullable)error NS_SWIFT_NAME(runAttention(query:key:value:output:logsumexp:options:));
 
 /// Computes the gradients that are asked for, of the problem that `runAttentionWithQuery:...` got, with the logsumexp that it wrote.
 ///

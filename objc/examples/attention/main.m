@@ -22,8 +22,7 @@ static MFATensor* newTensor(id<MTLDevice> device, MFAPrecision precision, MFASha
 static MFATensor* newNoise(id<MTLDevice> device, MFAShape shape) {
     MFATensor* made = newTensor(device, MFAPrecisionFP16, shape);
     _Float16* elements = [made.buffer contents];
-    for (int64_t index = 0; index < shape.heads * shape.tokens * shape.channels; index++)
-        elements[index] = (_Float16)(2 * drand48() - 1);
+    for (int64_t index = 0; index < shape.heads * shape.tokens * shape.channels; index++) elements[index] = (_Float16)(2 * drand48() - 1);
     return made;
 }
 

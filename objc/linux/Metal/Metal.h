@@ -70,12 +70,13 @@ typedef NS_ENUM(NSUInteger, MTLCommandBufferStatus) {
 
 FOUNDATION_EXPORT NSErrorDomain const MTLCommandBufferErrorDomain;
 
-typedef NS_ERROR_ENUM(MTLCommandBufferErrorDomain, MTLCommandBufferError) {
+typedef NS_ERROR_ENUM(MTLCommandBufferErrorDomain, MTLCommandBufferError){
     MTLCommandBufferErrorNone = 0,
     MTLCommandBufferErrorInternal = 1,
 };
 
-@protocol MTLDevice, MTLBuffer, MTLCommandQueue, MTLCommandBuffer;
+@protocol MTLDevice
+, MTLBuffer, MTLCommandQueue, MTLCommandBuffer;
 
 typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer> commandBuffer);
 
