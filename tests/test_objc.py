@@ -325,6 +325,43 @@ def test_merge__writes_the_bytes_of_the_c_function(context, runner, tmp_path):
     check(run(runner, [case], tmp_path), {"merge": case})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8", "int4"])
+def test_contiguous_layouts__are_those_of_the_flat_c_function(dtype, context, runner, tmp_path):
+    """Tokens first as they are, heads first rearranged; rows of INT4 have a pad code."""
+    flat = native.Flat(np.random.default_rng(6), (dtype,) * 3)
+    assert flat.forward_quantized(context) == SUCCESS, native.message(context)
+    batch, rows, columns, heads, channels = flat.sizes
+    cases = {}
+    for layout in (0, 1):
+        case = Case("forward", options={"softmax_scale": "0.25"})
+        arrays = [*flat.arrays, np.full_like(flat.output, 7)]
+        for index, (name, tokens) in enumerate((("query", rows), ("key", columns), ("value", columns), ("output", rows))):
+            array = arrays[index] if layout == 1 else arrays[index].swapaxes(1, 2)
+            words = case.put(name, array)
+            words |= {"layout": layout, "shape": [batch, heads, tokens, channels], "precision": [*flat.precisions, native.FP32][index]}
+            if index < 3 and dtype != "float32":
+                words["quantization"] = {
+                    "granularity": 0,
+                    "scales": case.put(f"{name}.scales", np.array([flat.scales[index]], np.float32)),
+                    "zero_points": case.put(f"{name}.zero_points", np.array([flat.zero_points[index]], np.int32)),
+                }
+            case.words["tensors"][name] = words
+        case.array("logsumexp", np.full_like(flat.logsumexp, 7))
+        case.arrays["output"] = np.ascontiguousarray(flat.output if layout == 1 else flat.output.swapaxes(1, 2))
+        case.arrays["logsumexp"] = flat.logsumexp
+        cases[f"layout {layout}"] = case
+    check(run(runner, cases.values(), tmp_path), cases)
+
+
+def test_forward__float64__is_computed_by_the_cpu_and_timed_by_the_clock(context, runner, tmp_path):
+    made = problem_with("all", sizes=SMALL, dtypes=("float64",) * 3)
+    case, given = forward_case(made, np.float64)
+    case.array("logsumexp", np.full(SMALL.statistics, 7, np.float64), before=8)
+    given.pointer.logsumexp = native.address(case.arrays["logsumexp"])
+    assert lib.mfa_attention_run_forward(context, given.pointer) == SUCCESS, native.message(context)
+    check(run(runner, [case], tmp_path), {"float64": case})
+
+
 def seed_case(dtype: str, rows: int = 33, channels: int = 24, **changes: Any) -> Case:
     """The method for one head."""
     rng = np.random.default_rng(1)
