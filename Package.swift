@@ -8,9 +8,18 @@ let softMetal: [Target] = [
     .target(name: "Metal", dependencies: ["SoftMetalLoader"], path: "core/SoftMetal/Metal"),
 ]
 let metal: [Target.Dependency] = ["Metal"]
+// Objective-C needs a compiler and a Foundation that Swift does not bring here: tools/build_objc.py.
+let bridge: [Target] = []
+let bridgeProducts: [Product] = []
 #else
 let softMetal: [Target] = []
 let metal: [Target.Dependency] = []
+let bridge: [Target] = [
+    .target(
+        name: "MFABridge", dependencies: ["CABI"], path: "objc/MFABridge", cSettings: [.headerSearchPath("../../include")],
+        linkerSettings: [.linkedFramework("Foundation"), .linkedFramework("Metal")])
+]
+let bridgeProducts: [Product] = [.library(name: "MFABridge", targets: ["MFABridge"])]
 #endif
 
 // Linker flags for the shipped library (version script, soname, static runtime) are on the command line of tools/build_library.py:
@@ -21,7 +30,7 @@ let package = Package(
     products: [
         .library(name: "MFA", targets: ["MFA"]),
         .library(name: "mfa", type: .dynamic, targets: ["CABI"]),
-    ],
+    ] + bridgeProducts,
     targets: [
         .systemLibrary(name: "CMFA", path: "include"),
         .target(name: "Support", path: "core/Support"),
@@ -34,7 +43,7 @@ let package = Package(
         .target(name: "MFA", dependencies: ["MFACore", "CPUBackend", "MetalBackend", "Support"] + metal, path: "core/MFA"),
         .target(name: "CABI", dependencies: ["CMFA", "MFA", "MFACore", "Support"], path: "core/CABI"),
         .testTarget(name: "MFATests", dependencies: ["MFA", "MFACore", "CABI", "CMFA"], path: "core/Tests"),
-    ] + softMetal,
+    ] + softMetal + bridge,
     swiftLanguageModes: [.v6],
     cLanguageStandard: .gnu17
 )
