@@ -1,7 +1,8 @@
 //! What the safe layer costs beside the C functions: cargo bench --bench overhead [-- --check]
 //!
 //! Both run the same problem in short turns, one after the other, and the median of the differences counts: what else the machine does
-//! falls on both alike. Of five such medians the least is shown, as a machine that is busy throughout one of them only adds to it. With `--check` the program fails if a call costs more than 200 ns on top of the C function.
+//! falls on both alike. Of five such medians the least is shown, as a machine that is busy throughout one of them only adds to it.
+//! With `--check` the program fails if a call costs more than 200 ns on top of the C function.
 
 #![allow(clippy::expect_used, clippy::panic)] // a program, not a library
 
