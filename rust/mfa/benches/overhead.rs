@@ -1,10 +1,9 @@
-//! What the safe layer costs beside the C functions: cargo bench --bench overhead [-- --check]
+//! What the safe layer costs beside the C functions: cargo bench --bench overhead
 //!
 //! Both run the same problem in short turns, one after the other, and the median of the differences counts: what else the machine does
-//! falls on both alike. Of five such medians the least is shown, as a machine that is busy throughout one of them only adds to it.
-//! With `--check` the program fails if a call costs more than 200 ns on top of the C function.
+//! falls on both alike.
 
-#![allow(clippy::expect_used, clippy::panic)] // a program, not a library
+#![allow(clippy::expect_used)] // a program, not a library
 
 use std::time::Instant;
 
@@ -13,7 +12,6 @@ use mfa::{Alignment, Attention, MfaContext, TensorView, TensorViewMut};
 
 /// No query, so that no kernel runs: its time, which varies, would only hide what is measured.
 const SHAPE: [usize; 4] = [1, 1, 0, 8];
-const ALLOWED_NANOSECONDS: f64 = 200.0;
 
 fn main() {
     let context = MfaContext::builder().num_threads(1).build().expect("a context");
@@ -50,19 +48,10 @@ fn main() {
         attention.forward(&context, view, view, view, output).expect("attention");
     };
 
-    let mut median = || {
-        let mut turns: Vec<(f64, f64)> = (0..400).map(|_| (nanoseconds(&mut by_c), nanoseconds(&mut by_rust))).collect();
-        turns.sort_by(|one, other| (one.1 - one.0).total_cmp(&(other.1 - other.0)));
-        turns[turns.len() / 2]
-    };
-    let medians = [median(), median(), median(), median(), median()];
-    let (c, rust) =
-        medians.into_iter().fold((0.0, f64::INFINITY), |least, (c, rust)| if rust - c < least.1 - least.0 { (c, rust) } else { least });
-    let cost = rust - c;
-    println!("C function {c:.0} ns, safe layer {rust:.0} ns a call: {cost:.0} ns more");
-    if std::env::args().any(|argument| argument == "--check") && cost > ALLOWED_NANOSECONDS {
-        panic!("expected at most {ALLOWED_NANOSECONDS} ns more");
-    }
+    let mut turns: Vec<(f64, f64)> = (0..2000).map(|_| (nanoseconds(&mut by_c), nanoseconds(&mut by_rust))).collect();
+    turns.sort_by(|one, other| (one.1 - one.0).total_cmp(&(other.1 - other.0)));
+    let (c, rust) = turns[turns.len() / 2];
+    println!("C function {c:.0} ns, safe layer {rust:.0} ns a call: {:.0} ns more", rust - c);
 }
 
 /// The time of one call, over a turn of 100: short enough to fall between the interruptions by others.
