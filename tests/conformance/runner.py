@@ -1,14 +1,16 @@
-"""Runs conformance cases through the Python package: cases on standard input, one line each, to results on standard output.
+"""Runs conformance cases through a Python package: cases on standard input, one line each, to results on standard output.
 
-    python runner.py DEVICE THREADS
+    python runner.py DEVICE THREADS [--module umfa_rs]
 
-What cannot be said in Python (a NULL pointer, an unknown code, the flat functions' transposed operands) is skipped, with the reason. With
-`--values FOLDER` the results of each case are saved there, for whoever compares them with the reference.
+The package is `umfa`, or `umfa_rs`, which has its names and options. What cannot be said in it (a NULL pointer, an unknown code, the flat
+functions' transposed operands) is skipped, with the reason. With `--values FOLDER` the results of each case are saved there, for whoever
+compares them with the reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,14 +18,13 @@ from typing import Any
 
 import numpy as np
 
-import umfa
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest does
 import inputs
 from cases import to_layout
 from expected import operand, options, shapes, statistics_dtype
 
 Case = dict[str, Any]
+package: Any  # the module that cases run through
 MOST_ELEMENTS = 1 << 22
 
 
@@ -50,7 +51,7 @@ def argument(case: Case, name: str, number: int) -> Any:
     if made.quantized is None:
         return elements
     quantized, granularity = made.quantized, made.quantized.granularity
-    return umfa.QuantizedTensor(
+    return package.QuantizedTensor(
         elements,
         quantized.scales,
         quantized.zero_points,
@@ -64,12 +65,12 @@ def argument(case: Case, name: str, number: int) -> Any:
     )
 
 
-def scheme(case: Case, name: str) -> umfa.QuantizationScheme | None:
+def scheme(case: Case, name: str) -> Any:
     """How an operand is to be quantised."""
     field = f"quantize_{name}"
     if field not in case:
         return None
-    return umfa.QuantizationScheme(
+    return package.QuantizationScheme(
         case[field],
         case[f"{field}_granularity"],
         symmetric=not case.get(f"{field}_asymmetric", False),
@@ -97,15 +98,15 @@ def keywords(case: Case) -> dict[str, Any]:
         raise InexpressibleError("operands that come quantised are taken as they are")
     schemes = [scheme(case, name) for name in ("query", "key", "value")]
     if any(schemes):
-        words["quantize"] = umfa.QuantizationConfig(*schemes)
+        words["quantize"] = package.QuantizationConfig(*schemes)
     return words
 
 
-def run_attention(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
+def run_attention(case: Case, context: Any) -> dict[str, np.ndarray]:
     """Forward, or backward after it."""
     arguments = [argument(case, name, number) for number, name in enumerate(("query", "key", "value"))]
     words = keywords(case)
-    output, lse = umfa.attention(*arguments, **words, return_lse=True, context=context)
+    output, lse = package.attention(*arguments, **words, return_lse=True, context=context)
     if case["operation"] == "forward":
         return {"output": output, "logsumexp": lse}
     seed, shape, dtype = case["input_seed"], shapes(case)["output"], statistics_dtype(case)
@@ -113,15 +114,15 @@ def run_attention(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]
     grad_lse = inputs.reals(seed, inputs.GRAD_LOGSUMEXP, shape[:3], dtype) if case.get("grad_logsumexp") else None
     names = tuple(case["gradients"].split(","))
     given = None if case.get("without_output") else output
-    found = umfa.attention_backward(grad_output, *arguments, given, lse, **words, grad_lse=grad_lse, gradients=names, context=context)
+    found = package.attention_backward(grad_output, *arguments, given, lse, **words, grad_lse=grad_lse, gradients=names, context=context)
     return dict(zip(names, found, strict=True))
 
 
-def run_quantize(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
+def run_quantize(case: Case, context: Any) -> dict[str, np.ndarray]:
     """Quantise a tensor."""
     granularity, layout = case["codes_granularity"], case["layout"]
     values = inputs.reals(case["input_seed"], inputs.QUERY, shapes(case)["query"], case["query"])
-    made = umfa.quantize(
+    made = package.quantize(
         np.ascontiguousarray(to_layout(values, layout)),
         case["codes"],
         granularity,
@@ -137,7 +138,7 @@ def run_quantize(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
     return {name: array for name, array in found.items() if array is not None}
 
 
-def run_dequantize(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
+def run_dequantize(case: Case, context: Any) -> dict[str, np.ndarray]:
     """Dequantise a tensor."""
     if case["output"] != "float32":
         raise InexpressibleError("QuantizedTensor.dequantize() gives float32")
@@ -145,19 +146,23 @@ def run_dequantize(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray
     return {"output": argument(renamed, "query", 0).dequantize(context=context)}
 
 
-def run_merge(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
+def run_merge(case: Case, context: Any) -> dict[str, np.ndarray]:
     """Merge two results."""
     seed, shape, layout = case["input_seed"], shapes(case)["query"], case["layout"]
+    if not hasattr(package, "merge"):
+        raise InexpressibleError(f"{package.__name__} has no merge()")
     if case["output"] != case["query"]:
         raise InexpressibleError("the result of umfa.merge has the type of its first argument")
     a, b = (np.ascontiguousarray(to_layout(inputs.reals(seed, n, shape, case[name]), layout)) for n, name in enumerate(("query", "key")))
     lse_a, lse_b = (inputs.reals(seed, stream, shape[:3]) for stream in (inputs.GRAD_LOGSUMEXP, inputs.MASK))
-    output, lse = umfa.merge(a, lse_a, b, lse_b, layout=layout, context=context)
+    output, lse = package.merge(a, lse_a, b, lse_b, layout=layout, context=context)
     return {"output": output, "logsumexp": lse}
 
 
-def run_flat(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
+def run_flat(case: Case, context: Any) -> dict[str, np.ndarray]:
     """The flat functions have no counterpart in Python; what computes the same in their layout stands for them."""
+    if not hasattr(package, "flash_attention_forward"):
+        raise InexpressibleError(f"{package.__name__} has no flash_attention_forward()")
     if case["operation"] == "flat_backward":
         raise InexpressibleError("training records are for callers of C")
     arguments = []
@@ -169,7 +174,7 @@ def run_flat(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
         elements = np.ascontiguousarray(made.elements)
         if case[name] in ("int8", "int4"):
             zero = case.get(f"{letter}_zero_point", 0)
-            elements = umfa.QuantizedTensor(
+            elements = package.QuantizedTensor(
                 elements,
                 np.float32(case.get(f"{letter}_scale", 1.0)),
                 np.int32(zero) if zero else None,
@@ -180,7 +185,7 @@ def run_flat(case: Case, context: umfa.MFAContext) -> dict[str, np.ndarray]:
         arguments.append(elements)
     scale = float(np.float32(float(case["softmax_scale"])))
     causal = bool(case.get("causal", False))
-    output, lse = umfa.flash_attention_forward(context, *arguments, causal=causal, softmax_scale=scale, return_lse=True)
+    output, lse = package.flash_attention_forward(context, *arguments, causal=causal, softmax_scale=scale, return_lse=True)
     return {"output": output, **({"logsumexp": lse} if "q_scale" in case else {})}
 
 
@@ -199,9 +204,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("device")
     parser.add_argument("threads", type=int)
+    parser.add_argument("--module", default="umfa")
     parser.add_argument("--values", type=Path)
     chosen = parser.parse_args()
-    with umfa.MFAContext(device=chosen.device, num_threads=chosen.threads) as context:
+    global package
+    package = importlib.import_module(chosen.module)
+    make_context = package.MFAContext if chosen.module == "umfa" else package.MfaContext
+    with make_context(device=chosen.device, num_threads=chosen.threads) as context:
         for line in sys.stdin:
             case = json.loads(line)
             answer: dict[str, Any] = {"id": case["id"], "outputs": {}, "status": 0, "message": ""}
@@ -215,7 +224,7 @@ def main() -> int:
                     )
             except InexpressibleError as reason:
                 answer = {"id": case["id"], "skipped": str(reason)}
-            except umfa.MFAError as error:
+            except package.MFAError as error:
                 answer |= {"status": error.status, "message": str(error)}
             print(json.dumps(answer))
     return 0
