@@ -8,9 +8,18 @@ let softMetal: [Target] = [
     .target(name: "Metal", dependencies: ["SoftMetalLoader"], path: "core/SoftMetal/Metal"),
 ]
 let metal: [Target.Dependency] = ["Metal"]
+// Objective-C needs a compiler and a Foundation that Swift does not bring here: tools/build_objc.py.
+let bridge: [Target] = []
+let bridgeProducts: [Product] = []
 #else
 let softMetal: [Target] = []
 let metal: [Target.Dependency] = []
+let bridge: [Target] = [
+    .target(
+        name: "MFABridge", dependencies: ["CABI"], path: "objc/MFABridge", cSettings: [.headerSearchPath("../../include")],
+        linkerSettings: [.linkedFramework("Foundation"), .linkedFramework("Metal")])
+]
+let bridgeProducts: [Product] = [.library(name: "MFABridge", targets: ["MFABridge"])]
 #endif
 
 // The conformance suite's program shares the objects of the library, and is nobody else's: tests/conformance/suite.py asks for it.
@@ -26,7 +35,7 @@ let package = Package(
     products: [
         .library(name: "MFA", targets: ["MFA"]),
         .library(name: "mfa", type: .dynamic, targets: ["CABI"]),
-    ],
+    ] + bridgeProducts,
     targets: [
         .systemLibrary(name: "CMFA", path: "include"),
         .target(name: "Support", path: "core/Support"),
@@ -39,7 +48,7 @@ let package = Package(
         .target(name: "MFA", dependencies: ["MFACore", "CPUBackend", "MetalBackend", "Support"] + metal, path: "core/MFA"),
         .target(name: "CABI", dependencies: ["CMFA", "MFA", "MFACore", "Support"], path: "core/CABI"),
         .testTarget(name: "MFATests", dependencies: ["MFA", "MFACore", "CABI", "CMFA"], path: "core/Tests"),
-    ] + softMetal + conformance,
+    ] + softMetal + bridge + conformance,
     swiftLanguageModes: [.v6],
     cLanguageStandard: .gnu17
 )

@@ -38,6 +38,14 @@ test-rust *arguments: build
 test-kernels *arguments:
     @python tools/check_kernels.py "$@"
 
+# Build and run the examples of Objective-C
+objc: build
+    @python tools/build_objc.py --run
+
+# Test MFABridge, the interface of Objective-C; on Linux over the software device. Installs GNUstep where apt-get may
+test-objc *arguments: build
+    @python -m pytest tests/test_objc.py "$@"
+
 # Look for accesses beyond buffers in the Metal kernels, on the software device with AddressSanitizer
 test-metal-asan: build
     @SOFTMETAL_SANITIZER=address python -m pytest tests/test_softmetal_device.py
@@ -56,7 +64,7 @@ check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
+    clang-format --dry-run -Werror $(find core docs objc python/src tests/kernels -name '*.[chm]' -o -name '*.cpp')
     swift format lint --strict --parallel --recursive Package.swift core tests/conformance/swift
     python tools/check_abi.py --check
     python tools/embed_kernels.py --check
@@ -66,7 +74,7 @@ check: build
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs python/src tests/kernels -name '*.[ch]' -o -name '*.cpp')
+    clang-format -i $(find core docs objc python/src tests/kernels -name '*.[chm]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core tests/conformance/swift
     if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi

@@ -25,7 +25,7 @@ STEPS = {
     "format": ["fmt", "--all", "--check"],
     "lints": ["clippy", "--quiet", "--workspace", "--all-targets", "--", "--deny", "warnings"],
     "tests": ["test", "--quiet", *CRATES],
-    "cost": ["bench", "--quiet", "--package", "mfa", "--bench", "overhead", "--", "--check"],
+    "cost": ["bench", "--quiet", "--package", "mfa", "--bench", "overhead"],
     **{
         f"example {name}": ["run", "--quiet", "--package", "mfa", "--example", name]
         for name in ("c_functions", "first_attention", "quantized_kv", "training_step")

@@ -23,7 +23,7 @@ private final class KnownBuffers: @unchecked Sendable {
     func insert(_ buffer: any MTLBuffer) {
         support_registry_lock()
         defer { support_registry_unlock() }
-        known.removeAll { $0.buffer == nil }
+        known.removeAll { $0.buffer == nil || $0.buffer === buffer }
         let start = UInt(bitPattern: buffer.contents())
         known.append(Known(buffer: buffer, start: start, end: start + UInt(buffer.length)))
     }

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest does
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import suite
 
 DOCUMENT = suite.ROOT / "docs" / "conformance.md"

@@ -22,6 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tools"))
 import build_library
+import build_objc
 import cargo
 import expected as expectations
 import inputs
@@ -151,11 +152,27 @@ def _swift() -> list[str]:
     return [str(Path(done.stdout.strip()) / "conformance")]
 
 
+def _objective_c() -> list[str]:
+    try:
+        return [str(build_objc.build("conformance"))]
+    except build_objc.LeftOutError as reason:
+        raise UnavailableError(str(reason)) from None
+
+
 # Languages whose runners also show the memory that a refused call was to write.
 SHOWING_MEMORY = ("C", "Rust", "Swift")
 
 # What makes each language's runner: gives its command, to which the device and the number of threads are appended.
-LANGUAGES: dict[str, Callable[[], list[str]]] = {"C": _c, "Python": _python, "Rust": _rust, "Python, by umfa_rs": _umfa_rs, "Swift": _swift}
+LANGUAGES: dict[str, Callable[[], list[str]]] = {
+    "C": _c,
+    "Python": _python,
+    "Rust": _rust,
+    "Python, by umfa_rs": _umfa_rs,
+    "Swift": _swift,
+    "Objective-C": _objective_c,
+}
+# The one device of a language that does not have all.
+ONLY_DEVICE = {"Objective-C": "metal" if sys.platform == "darwin" else "softmetal"}
 
 
 @functools.cache
@@ -168,6 +185,8 @@ def command(language: str) -> tuple[str, ...]:
 def run(language: str, backend: str, threads: int = 2, again: int = 0) -> dict[str, Answer]:
     """What a language answers to every case on a backend, by the cases' names. `again`: a number to run it once more."""
     BACKENDS[backend].check()
+    if ONLY_DEVICE.get(language, BACKENDS[backend].device) != BACKENDS[backend].device:
+        raise UnavailableError(f"its only device is {ONLY_DEVICE[language]!r}")
     runner = [*command(language), BACKENDS[backend].device, str(threads)]
     if language == "Python" and threads == 2:
         runner += ["--values", str(values_folder(backend))]

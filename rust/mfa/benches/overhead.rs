@@ -1,29 +1,29 @@
-//! What the safe layer costs beside the C functions: cargo bench --bench overhead [-- --check]
+//! What the safe layer costs beside the C functions: cargo bench --bench overhead
 //!
-//! Both run the same small problem in turns; the fastest turn of each counts, as whatever else the machine does only adds. With `--check`
-//! the program fails if a call costs more than 200 ns on top of the C function.
+//! Both run the same problem in short turns, one after the other, and the median of the differences counts: what else the machine does
+//! falls on both alike.
 
-#![allow(clippy::expect_used, clippy::panic)] // a program, not a library
+#![allow(clippy::expect_used)] // a program, not a library
 
 use std::time::Instant;
 
 use mfa::sys;
 use mfa::{Alignment, Attention, MfaContext, TensorView, TensorViewMut};
 
-const SHAPE: [usize; 4] = [1, 1, 1, 8];
-const ALLOWED_NANOSECONDS: f64 = 200.0;
+/// No query, so that no kernel runs: its time, which varies, would only hide what is measured.
+const SHAPE: [usize; 4] = [1, 1, 0, 8];
 
 fn main() {
     let context = MfaContext::builder().num_threads(1).build().expect("a context");
-    let operand = [0.5f32; 8];
-    let (mut direct, mut safe) = ([0.0f32; 8], [0.0f32; 8]);
+    let operand = [0.5f32; 0];
+    let (mut direct, mut safe) = ([0.0f32; 0], [0.0f32; 0]);
 
     let tensor = |data: *mut f32| sys::mfa_tensor_t {
         struct_size: size_of::<sys::mfa_tensor_t>() as u32,
         precision: sys::MFA_PRECISION_FP32,
         data: data.cast(),
-        shape: [1, 1, 1, 8],
-        strides: [8, 8, 8, 1],
+        shape: SHAPE.map(|size| size as i64),
+        strides: [0, 0, 8, 1],
         ..Default::default()
     };
     let (input, output) = (tensor(operand.as_ptr().cast_mut()), tensor(direct.as_mut_ptr()));
@@ -48,16 +48,10 @@ fn main() {
         attention.forward(&context, view, view, view, output).expect("attention");
     };
 
-    let (mut fastest_c, mut fastest_rust) = (f64::INFINITY, f64::INFINITY);
-    for _ in 0..2000 {
-        fastest_c = fastest_c.min(nanoseconds(&mut by_c));
-        fastest_rust = fastest_rust.min(nanoseconds(&mut by_rust));
-    }
-    let cost = fastest_rust - fastest_c;
-    println!("C function {fastest_c:.0} ns, safe layer {fastest_rust:.0} ns a call: {cost:.0} ns more");
-    if std::env::args().any(|argument| argument == "--check") && cost > ALLOWED_NANOSECONDS {
-        panic!("expected at most {ALLOWED_NANOSECONDS} ns more");
-    }
+    let mut turns: Vec<(f64, f64)> = (0..2000).map(|_| (nanoseconds(&mut by_c), nanoseconds(&mut by_rust))).collect();
+    turns.sort_by(|one, other| (one.1 - one.0).total_cmp(&(other.1 - other.0)));
+    let (c, rust) = turns[turns.len() / 2];
+    println!("C function {c:.0} ns, safe layer {rust:.0} ns a call: {:.0} ns more", rust - c);
 }
 
 /// The time of one call, over a turn of 100: short enough to fall between the interruptions by others.
