@@ -80,11 +80,6 @@ extension cpu_attention {
         dropout_offset = options.dropoutOffset
     }
 
-    /// Whether an operand is quantised.
-    var hasCodes: Bool {
-        [query, key, value].contains { $0.precision == CPU_INT8 || $0.precision == CPU_INT4 }
-    }
-
     /// Adds the gradients.
     mutating func add(_ gradients: AttentionGradients, dValues: UnsafeMutableRawPointer) {
         grad_output = cpu_tensor(gradients.gradOutput)
