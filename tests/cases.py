@@ -294,6 +294,21 @@ OPTIONS = {
 }
 
 
+def smoothed_problem(rng: np.random.Generator, sizes: Sizes, **keywords: Any) -> Problem:
+    """A problem on INT8 operands of which the query and the key are rotated, and the key, whose channels have a bias, is smoothed."""
+    import umfa
+
+    values = [rng.normal(size=shape).astype(np.float32) for shape in (sizes.query, sizes.key, sizes.value)]
+    values[1] += 3 * rng.normal(size=(1, 1, 1, sizes.channels)).astype(np.float32)
+    codes = [
+        umfa.quantize(values[0], "int8", rotate=True),
+        umfa.quantize(values[1], "int8", smooth=True, rotate=True),
+        umfa.quantize(values[2], "int8"),
+    ]
+    operands = [Operand(each, each.dequantize().astype(np.float64)) for each in codes]
+    return Problem(sizes, *operands, keywords, "int8", "float32")
+
+
 def additive_mask(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Normal numbers, a fifth of them -inf."""
     mask = rng.normal(size=shape).astype(np.float32)

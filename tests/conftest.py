@@ -40,6 +40,32 @@ def contexts():
         context.close()
 
 
+@pytest.fixture(scope="module")
+def integer_contexts():
+    """What makes a mapping of contexts with the integer kernels of an instruction set by their number of threads, and of "reference", one
+    with the reference kernels. It skips the test where the processor lacks the instruction set, and closes them at the module's end.
+    """
+    import umfa
+
+    made = []
+
+    def make(instruction_set, counts):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MFA_KERNELS", f"{instruction_set},integer")
+            try:
+                found = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in counts}
+            except umfa.DeviceUnavailableError:
+                pytest.skip(f"this processor has no {instruction_set}")
+            patch.setenv("MFA_KERNELS", "reference")
+            found["reference"] = umfa.MFAContext(device="cpu", num_threads=2)
+        made.extend(found.values())
+        return found
+
+    yield make
+    for context in made:
+        context.close()
+
+
 @pytest.fixture
 def context():
     """A context of the test's own."""

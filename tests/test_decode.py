@@ -13,7 +13,20 @@ import pytest
 
 import reference
 import umfa
-from cases import CODES, DTYPES, OPTIONS, Operand, Problem, Sizes, float_operand, place, problem, problem_with, quantized_operand
+from cases import (
+    CODES,
+    DTYPES,
+    OPTIONS,
+    Operand,
+    Problem,
+    Sizes,
+    float_operand,
+    place,
+    problem,
+    problem_with,
+    quantized_operand,
+    smoothed_problem,
+)
 from test_forward import check
 from tolerances import assert_within
 
@@ -220,15 +233,7 @@ def test_attention__few_rows_over_20_000_keys__keep_their_bounds(dtypes, floats,
 )
 def test_attention__smoothed_and_rotated_keys_on_few_rows__equal_the_reference(options, floats, integers, rng):
     sizes = Sizes(rows=2, columns=150, channels=32, value_channels=32)
-    values = [rng.normal(size=shape).astype(np.float32) for shape in (sizes.query, sizes.key, sizes.value)]
-    values[1] += 3 * rng.normal(size=(1, 1, 1, 32)).astype(np.float32)
-    codes = [
-        umfa.quantize(values[0], "int8", rotate=True),
-        umfa.quantize(values[1], "int8", smooth=True, rotate=True),
-        umfa.quantize(values[2], "int8"),
-    ]
-    operands = [Operand(each, each.dequantize().astype(np.float64)) for each in codes]
-    made = Problem(sizes, *operands, options, "int8", "float32")
+    made = smoothed_problem(rng, sizes, **options)
     check(made, context=floats)
     check_integers(made, integers)
 

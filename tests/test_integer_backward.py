@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import umfa
-from cases import OPTIONS, Operand, Problem, Sizes, quantized_operand
+from cases import OPTIONS, Problem, Sizes, quantized_operand, smoothed_problem
 from test_backward import random_gradients
 from test_properties import bits
 
@@ -15,19 +15,9 @@ MANY_TILES = Sizes(batch=2, heads=4, kv_heads=2, rows=200, columns=211, channels
 
 
 @pytest.fixture(scope="module", params=("avx2", "avxvnni", "avx512", "avx512vnni"))
-def contexts(request):
+def contexts(request, integer_contexts):
     """Contexts with integer kernels by their number of threads, and "reference", one with the reference kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFA_KERNELS", f"{request.param},integer")
-        try:
-            made = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in (1, 2, 3, 16)}
-        except umfa.DeviceUnavailableError:
-            pytest.skip(f"this processor has no {request.param}")
-        patch.setenv("MFA_KERNELS", "reference")
-        made["reference"] = umfa.MFAContext(device="cpu", num_threads=2)
-    yield made
-    for context in made.values():
-        context.close()
+    return integer_contexts(request.param, (1, 2, 3, 16))
 
 
 def codes_problem(rng, sizes=MANY_TILES, dtypes=("int8",) * 3, granularities=("token",) * 3, **keywords) -> Problem:
@@ -77,15 +67,7 @@ def test_attention_backward__head_sizes_and_tiles_of_codes__are_within_their_rou
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention_backward__smoothed_and_rotated_keys__are_within_their_rounding(causal, contexts, rng):
     sizes = Sizes(rows=140, columns=150, channels=32, value_channels=32)
-    values = [rng.normal(size=shape).astype(np.float32) for shape in (sizes.query, sizes.key, sizes.value)]
-    values[1] += 3 * rng.normal(size=(1, 1, 1, 32)).astype(np.float32)
-    codes = [
-        umfa.quantize(values[0], "int8", rotate=True),
-        umfa.quantize(values[1], "int8", smooth=True, rotate=True),
-        umfa.quantize(values[2], "int8"),
-    ]
-    operands = [Operand(each, each.dequantize().astype(np.float64)) for each in codes]
-    check(Problem(sizes, *operands, {"causal": causal}, "int8", "float32"), contexts, share=2e-2)
+    check(smoothed_problem(rng, sizes, causal=causal), contexts, share=2e-2)
 
 
 @pytest.mark.parametrize("option", ["plain", "causal_lower_right", "lengths", "mask_bool", "dropout"])

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import umfa
-from cases import OPTIONS, Operand, Problem, Sizes, problem, quantized_operand
+from cases import OPTIONS, Problem, Sizes, problem, quantized_operand, smoothed_problem
 from tolerances import assert_within
 
 BLOCK = 128  # key columns that share a largest weight
@@ -25,19 +25,9 @@ INSTRUCTION_SETS = ("dotprod", "i8mm") if platform.machine() in ("arm64", "aarch
 
 
 @pytest.fixture(scope="module", params=INSTRUCTION_SETS)
-def contexts(request):
+def contexts(request, integer_contexts):
     """Contexts with integer kernels by their number of threads, and "reference", one with the reference kernels."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MFA_KERNELS", f"{request.param},integer")
-        try:
-            made = {count: umfa.MFAContext(device="cpu", num_threads=count) for count in (1, 2, 3, 7)}
-        except umfa.DeviceUnavailableError:
-            pytest.skip(f"this processor has no {request.param}")
-        patch.setenv("MFA_KERNELS", "reference")
-        made["reference"] = umfa.MFAContext(device="cpu", num_threads=2)
-    yield made
-    for context in made.values():
-        context.close()
+    return integer_contexts(request.param, (1, 2, 3, 7))
 
 
 def rounding_bound(made: Problem) -> np.ndarray:
@@ -118,15 +108,7 @@ def test_attention__head_sizes_and_tiles__are_within_the_rounding_of_weights(cha
 )
 def test_attention__smoothed_and_rotated_keys__are_within_the_rounding_of_weights(causal, options, contexts, rng):
     sizes = Sizes(rows=40, columns=150, channels=32, value_channels=32)
-    values = [rng.normal(size=shape).astype(np.float32) for shape in (sizes.query, sizes.key, sizes.value)]
-    values[1] += 3 * rng.normal(size=(1, 1, 1, 32)).astype(np.float32)
-    codes = [
-        umfa.quantize(values[0], "int8", rotate=True),
-        umfa.quantize(values[1], "int8", smooth=True, rotate=True),
-        umfa.quantize(values[2], "int8"),
-    ]
-    operands = [Operand(each, each.dequantize().astype(np.float64)) for each in codes]
-    check(Problem(sizes, *operands, {"causal": causal, **options}, "int8", "float32"), contexts[2])
+    check(smoothed_problem(rng, sizes, causal=causal, **options), contexts[2])
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
