@@ -2,12 +2,13 @@
  *
  * A library that is put before libmfa, by LD_PRELOAD or as the library that a binding loads. Each call that the library would accept runs on
  * copies: a buffer ends at a page that nobody may touch, or begins right after one; what is only read lies in pages that cannot be written;
- * the rest of the pages of a result, and the gaps between its elements, must stay as they were. Results are copied back, so a caller sees
- * nothing of it but the same bits. What is touched in spite of that ends the process with a message that names the buffer.
+ * the rest of the pages of a result, and the gaps between its elements, must stay as they were. Contexts get their workspace in the same way.
+ * Results are copied back, so a caller sees nothing of it but the same bits. What is touched in spite of that ends the process with a message
+ * that names the buffer.
  *
  *     GUARD_PLACE   end | begin: which side of a buffer touches the page
  *     GUARD_LAYOUT  kept | gaps | transposed: how the copies of tensors lie. Strides change no result, so neither does this
- *     GUARD_SHIFT   the name of a buffer that is to lie 8 bytes too far, so that its last or first ones cannot be touched: to see that the
+ *     GUARD_SHIFT   the name of a buffer that is to lie 64 bytes too far, so that its last or first ones cannot be touched: to see that the
  *                   guards work
  *
  * At the end of the process a line on standard error says how much was done. For programs that call from one thread. */
@@ -27,7 +28,7 @@
 #include <unistd.h>
 
 /* A GPU uses memory of the host without a copy in pages of this size only. */
-enum { PAGE = 16384, CANARY = 0xA5, POISON = 0xFF, MOST_REGIONS = 64, FAILED = 86 };
+enum { PAGE = 16384, CANARY = 0xA5, POISON = 0xFF, MOST_REGIONS = 64, MOST_WORKSPACES = 64, FAILED = 86 };
 
 /* Calls with larger tensors are left as they are: copying is not what they are for. */
 static const int64_t MOST_BYTES = 1 << 26;
@@ -73,7 +74,7 @@ typedef struct {
     mfa_buffer_t* buffer; /* for devices that copy what is not in a buffer of theirs */
 } region;
 
-static region regions[MOST_REGIONS];
+static region regions[MOST_REGIONS], workspaces[MOST_WORKSPACES];
 static int region_count;
 static const char* function_name = "";
 
@@ -87,13 +88,11 @@ static void say_number(long number) {
     say(digits);
 }
 
-/* Names the buffer that the library left. */
-static void on_fault(int signal_number, siginfo_t* info, void* machine) {
-    (void)signal_number, (void)machine;
-    const char* at = info->si_addr;
-    for (int n = 0; n < region_count; n++) {
-        const region* each = &regions[n];
-        if (at < each->memory - PAGE || at >= each->memory + (each->pages + 1) * PAGE) continue;
+/* Says which buffer was left and ends the process, if it was one of these. */
+static void name_fault(const char* at, const region* of, int count) {
+    for (int n = 0; n < count; n++) {
+        const region* each = &of[n];
+        if (!each->memory || at < each->memory - PAGE || at >= each->memory + (each->pages + 1) * PAGE) continue;
         say(inside ? "guarded_calls: " : "guarded_calls, not the library, in ");
         say(function_name);
         say(": ");
@@ -105,6 +104,12 @@ static void on_fault(int signal_number, siginfo_t* info, void* machine) {
         say(at >= each->memory && at < each->memory + each->pages * PAGE ? " was written\n" : " was touched\n");
         _exit(FAILED);
     }
+}
+
+static void on_fault(int signal_number, siginfo_t* info, void* machine) {
+    (void)signal_number, (void)machine;
+    name_fault(info->si_addr, regions, region_count);
+    name_fault(info->si_addr, workspaces, MOST_WORKSPACES);
     signal(SIGSEGV, SIG_DFL); /* the access is made again, without this handler */
     signal(SIGBUS, SIG_DFL);
 }
@@ -144,7 +149,7 @@ static region* take(const char* name, size_t bytes, bool written, int filler) {
     region* made = &regions[region_count++];
     *made = (region){.name = name, .memory = memory, .pages = pages, .bytes = bytes, .written = written};
     made->begin = place == AT_END ? memory + pages * PAGE - bytes : memory;
-    if (shifted && strcmp(shifted, name) == 0) made->begin += place == AT_END ? 8 : -8;
+    if (shifted && strcmp(shifted, name) == 0) made->begin += place == AT_END ? 64 : -64;
     memset(memory, filler, pages * PAGE);
     counts.buffers++;
     return made;
@@ -177,6 +182,44 @@ static void check_rest(const region* of) {
         fflush(stderr);
         _exit(FAILED);
     }
+}
+
+/* ---- Workspace --------------------------------------------------------------------------------------------------------------------------- */
+
+/* The allocator of contexts that have none: what it gives ends at a forbidden page, as closely as the alignment lets it, or begins after one. */
+static void* allocate(void* state, size_t size, size_t alignment) {
+    (void)state;
+    int n = 0;
+    while (n < MOST_WORKSPACES && workspaces[n].memory) n++;
+    must(n < MOST_WORKSPACES && alignment <= PAGE, "there are too many workspaces");
+    must(region_count < MOST_REGIONS, "there are too many buffers");
+    workspaces[n] = *take("workspace", (size + alignment - 1) / alignment * alignment, true, CANARY);
+    workspaces[n].bytes = size;
+    region_count--;
+    mprotect(workspaces[n].memory - PAGE, PAGE, PROT_NONE);
+    mprotect(workspaces[n].memory + workspaces[n].pages * PAGE, PAGE, PROT_NONE);
+    return workspaces[n].begin;
+}
+
+static void deallocate(void* state, void* memory, size_t size, size_t alignment) {
+    (void)state, (void)alignment;
+    int n = 0;
+    while (n < MOST_WORKSPACES && workspaces[n].begin != memory) n++;
+    must(n < MOST_WORKSPACES && workspaces[n].bytes == size, "that is no workspace");
+    check_rest(&workspaces[n]);
+    munmap(workspaces[n].memory - PAGE, (workspaces[n].pages + 2) * PAGE);
+    memset(&workspaces[n], 0, sizeof workspaces[n]);
+}
+
+int32_t mfa_create_context_with_options(const mfa_context_options_t* options, mfa_context_t** context) {
+    function_name = "mfa_create_context_with_options";
+    if (!options || options->struct_size != sizeof *options || options->allocate || options->deallocate) {
+        return ORIGINAL(mfa_create_context_with_options)(options, context);
+    }
+    mfa_context_options_t copy = *options;
+    copy.allocate = allocate;
+    copy.deallocate = deallocate;
+    return ORIGINAL(mfa_create_context_with_options)(&copy, context);
 }
 
 /* ---- Plain arrays ------------------------------------------------------------------------------------------------------------------------ */

@@ -47,15 +47,16 @@ class Sparse:
 
 
 def stretched(values: np.ndarray, axis: int, backwards: bool = False) -> tuple[np.ndarray, Sparse | None]:
-    """A copy of an array, the last index of which along an axis lies more than 2^32 elements from the first, and its memory.
+    """A copy of an array, the elements of which along an axis lie far apart, and its memory.
 
-    An axis of one element cannot be stretched: then the copy is contiguous, and there is no such memory.
+    Forwards each lies more than 2^32 elements from the next; backwards all together reach as far, by strides that 32 bits can hold. An axis
+    of one element cannot be stretched: then the copy is contiguous, and there is no such memory.
     """
     count = values.shape[axis]
     if count < 2:
         return values.copy(), None
     others = [size for other, size in enumerate(values.shape) if other != axis]
-    stride = max(FAR // (count - 1) + 9, int(np.prod(others)))
+    stride = max(FAR // (count - 1) if backwards else FAR, int(np.prod(others))) + 9
     strides, inner = [0] * values.ndim, 1
     for other in reversed(range(values.ndim)):
         if other != axis:
