@@ -94,7 +94,7 @@ def test_attention__any_shape_and_strides__are_refused_exactly_if_memory_cannot_
             assert status in (SUCCESS, native.ALLOCATION_FAILED, INVALID_DIMENSIONS, INVALID_ARGUMENT, UNSUPPORTED)
             counted[wrong] += 1
     assert min(counted.values()) > 20, counted
-    figures.add("sizes", shapes_and_strides_tried=sum(counted.values()), of_these_refused=counted[True], refused_wrongly_or_not_at_all=0)
+    figures.add("sizes", shapes_and_strides_tried=sum(counted.values()), of_these_refused_rightly=counted[True])
 
 
 # ---- What is computed --------------------------------------------------------------------------------------------------------------------
@@ -192,6 +192,16 @@ class Far:
             lib.mfa_destroy_buffer(buffer)
 
 
+_most_resident = [0]
+
+
+def far_away(tensors: int, mebibytes: int = 0) -> None:
+    """Count a problem that gave the bits of compact memory, and what it made resident."""
+    _most_resident.append(mebibytes)
+    figures.add("sizes", problems_beyond_32_bits_with_the_bits_of_compact_memory=1, tensors_of_these_problems=tensors)
+    figures.record("sizes", MiB_made_resident_by_one_problem_at_most=max(_most_resident))
+
+
 @contextlib.contextmanager
 def backend(kernels: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, int]]:
     """A context with some kernels, or on a device."""
@@ -215,18 +225,19 @@ TRIED = [
 @on_linux
 @pytest.mark.parametrize(("kernels", "dtype"), TRIED)
 def test_attention__elements_more_than_two_to_the_32_apart__gives_the_bits_of_compact_memory(kernels, dtype, monkeypatch):
+    before = resident()
     with backend(kernels, monkeypatch) as (context, device):
         for shape in SHAPES:
             problem = Problem(dtype, *shape)
             expected = problem.run(context, lambda name, array: array.copy())
             for axis, backwards in figures.pick(((2, False),), [(axis, way) for axis in range(4) for way in (False, True)]):
-                before = resident()
                 far = Far(context, device, axis, backwards)
                 found = problem.run(context, far)
-                assert resident() - before < 4096, "this is not sparse"
+                mebibytes = resident() - before
+                assert mebibytes < 4096, "this is not sparse"
                 far.close()
                 assert [name for name in found if found[name] != expected[name]] == [], f"{shape}, axis {axis}, {backwards=}"
-                figures.add("sizes", problems_with_indices_beyond_32_bits=1, tensors_in_them=len(far.memories), of_these_with_other_bits=0)
+                far_away(len(far.memories), mebibytes)
 
 
 @on_linux
@@ -252,7 +263,7 @@ def test_quantize__elements_more_than_two_to_the_32_apart__gives_the_bits_of_com
             far = Far(context, device, axis, axis % 2 == 1)
             assert run(context, far) == expected, f"axis {axis}"
             far.close()
-            figures.add("sizes", problems_with_indices_beyond_32_bits=1, tensors_in_them=3, of_these_with_other_bits=0)
+            far_away(3)
 
 
 @on_linux
@@ -273,7 +284,7 @@ def test_merge__elements_more_than_two_to_the_32_apart__gives_the_bits_of_compac
         for axis in range(4):
             far = Far(context, lib.MFA_DEVICE_CPU, axis, False)
             assert run(context, far) == expected, f"axis {axis}"
-            figures.add("sizes", problems_with_indices_beyond_32_bits=1, tensors_in_them=3, of_these_with_other_bits=0)
+            far_away(3)
 
 
 @on_linux
@@ -300,5 +311,5 @@ def test_attention__more_than_two_to_the_32_rows__writes_each_of_them():
     assert (logsumexp[-rows:] == sinks[-1]).all()
     assert (logsumexp[: 8 * rows] == np.repeat(sinks[:8], rows)).all()
     assert not output[: 8 * rows].any()
-    figures.record("sizes", rows_of_one_problem=heads * rows)
+    figures.record("sizes", query_rows_of_one_call=heads * rows)
     assert resident() - before < 2 * 4 * FAR // 2**20 + 1024, "pages that are in many places count in each"

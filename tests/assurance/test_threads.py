@@ -75,7 +75,7 @@ def run_program(*words: str | int, sanitizer: str = "") -> int:
 @pytest.mark.parametrize("threads", [2, 8, 32])
 def test_threads__contexts_of_their_own_or_one_for_all__give_the_bits_of_one_thread(threads, how):
     compared = run_program(how, threads, figures.pick(64, 2048) // threads)
-    figures.add("threads", results_of_threads=compared, of_these_with_other_bits=0)
+    figures.add("threads", results_of_threads_with_the_bits_of_one=compared)
 
 
 @on_linux
@@ -86,7 +86,7 @@ def test_threads__contexts_of_their_own_or_one_for_all__give_the_bits_of_one_thr
 )
 def test_threads__under_thread_sanitizer__have_no_race(words):
     compared = run_program(*words, sanitizer="thread")
-    figures.add("threads", results_under_ThreadSanitizer=compared, races=0)
+    figures.add("threads", of_these_under_ThreadSanitizer_without_a_report=compared)
 
 
 @on_linux
@@ -102,7 +102,7 @@ def test_threads__a_race_of_the_program__is_found():
 def test_fork__while_threads_compute__leaves_child_and_parent_whole(threads):
     forks = figures.pick(12, 200)
     run_program("fork", threads, forks)
-    figures.add("threads", forks_in_the_middle_of_calls=forks, children_that_failed_or_hung=0)
+    figures.add("threads", children_of_forks_in_mid_call_that_computed_right=forks)
 
 
 @pytest.mark.parametrize("by_a_thread", [0, 1])
@@ -110,7 +110,7 @@ def test_exit__with_live_contexts_and_running_calls__is_clean(by_a_thread):
     count = figures.pick(5, 100)
     for _ in range(count):
         run_program("exit", 8, by_a_thread)
-    figures.add("threads", exits_in_the_middle_of_calls=count, of_these_with_a_crash_or_a_hang=0)
+    figures.add("threads", exits_in_mid_call_with_code_0=count)
 
 
 # ---- dlopen() and dlclose() --------------------------------------------------------------------------------------------------------------
@@ -158,7 +158,9 @@ def test_dlopen_and_dlclose__again_and_again__leave_memory_and_threads_as_they_w
     assert after[1:3] == before[1:3], "threads or maps"
     assert after[3] > 0, "it was unloaded, so docs/assurance.md is wrong"
     assert after[0] - before[0] < 1024, "KiB"
-    figures.record("threads", dlopen_and_dlclose=count, growth_in_KiB=after[0] - before[0], threads_more=after[1] - before[1])
+    figures.record(
+        "threads", times_dlopen_and_dlclose=count, KiB_more_after_that=after[0] - before[0], threads_more_after_that=after[1] - before[1]
+    )
 
 
 # ---- Threads of Python -------------------------------------------------------------------------------------------------------------------
