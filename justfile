@@ -65,12 +65,16 @@ assurance *arguments: build
     @MFA_ASSURANCE=full python -m pytest --quiet --timeout 1800 tests/assurance
     @python tests/assurance/report.py "$@"
 
+# Fuzz the library with libFuzzer: ./justw fuzz [descriptor strides quantization training kernels] [--executions 100000]
+fuzz *arguments:
+    @python tools/fuzz.py "$@"
+
 # Check formats, lints, types and the record of the binary interface
 check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs objc python/src tests/assurance tests/conformance tests/kernels -name '*.[chm]' -o -name '*.cpp')
+    clang-format --dry-run -Werror $(find core docs objc python/src tests/assurance tests/conformance tests/fuzzing tests/kernels -name '*.[chm]' -o -name '*.cpp')
     swift format lint --strict --parallel --recursive Package.swift core tests/conformance/swift
     python tools/check_abi.py --check
     python tools/embed_kernels.py --check
@@ -80,7 +84,7 @@ check: build
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs objc python/src tests/assurance tests/conformance tests/kernels -name '*.[chm]' -o -name '*.cpp')
+    clang-format -i $(find core docs objc python/src tests/assurance tests/conformance tests/fuzzing tests/kernels -name '*.[chm]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core tests/conformance/swift
     if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi

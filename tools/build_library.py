@@ -3,10 +3,10 @@
 The one place that knows the linker's flags: just, and the build hook of the Python package, both come here. Run as a program it prints the
 path of the library.
 
-    python tools/build_library.py [--configuration release|debug] [--scratch-path FOLDER] [--sanitize address|thread|undefined]
+    python tools/build_library.py [--configuration release|debug] [--scratch-path FOLDER] [--sanitize NAME]
 
-A library that is built with a sanitizer is for tests. The program that loads it has to have the sanitizer's runtime already:
-`sanitizer_runtime()` says which, for LD_PRELOAD.
+Names of sanitizers are address, thread, undefined, and for tools/fuzz.py fuzzing and counters. A library that is built so is for tests. The
+program that loads it has to have the sanitizer's runtime already: `sanitizer_runtime()` says which, for LD_PRELOAD.
 """
 
 from __future__ import annotations
@@ -26,11 +26,28 @@ LIBRARY_NAME = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
 # Kernels are C: vectorised harder than SwiftPM's -O2, and free of errno, which nobody reads. Nothing that changes results.
 KERNEL_FLAGS = ["-Xcc", "-O3", "-Xcc", "-fno-math-errno"]
 
-# What SwiftPM is told beside `--sanitize`, and the runtime. Undefined behaviour is one of C: Swift traps by itself.
+# For fuzzing, counters on every edge, and in Swift, where arguments are checked, operands of comparisons. libFuzzer knows counters of this
+# kind only, which Swift has no word for; nor may Swift link libFuzzer, which is the program's.
+SWIFT_COUNTERS = [
+    *("-Xswiftc", "-Xfrontend", "-Xswiftc", "-sanitize-coverage=edge,trace-cmp", "-Xswiftc", "-gline-tables-only"),
+    *("-Xswiftc", "-Xllvm", "-Xswiftc", "-sanitizer-coverage-inline-8bit-counters"),
+    *("-Xswiftc", "-Xllvm", "-Xswiftc", "-sanitizer-coverage-pc-table"),
+]
+KERNEL_COUNTERS = ["-Xcc", "-fsanitize=fuzzer-no-link", "-Xcc", "-fno-sanitize-coverage=trace-cmp", "-Xcc", "-g1"]
+# Kernels under several sanitizers are compiled without much optimisation, lest that take minutes; what is left out of "undefined" is what
+# "address" finds, and costs most.
+CHECKED_KERNEL_COUNTERS = [
+    *("-Xcc", "-fsanitize=fuzzer-no-link,undefined", "-Xcc", "-fsanitize-trap=undefined", "-Xcc", "-fno-sanitize-coverage=trace-cmp"),
+    *("-Xcc", "-fno-sanitize=null,pointer-overflow,alignment,object-size", "-Xcc", "-O1", "-Xcc", "-g1"),
+]
+
+# SwiftPM's `--sanitize`, what it is told beside, and the runtime. Undefined behaviour is one of C: Swift traps by itself.
 SANITIZERS = {
-    "address": (["-Xcc", "-fno-omit-frame-pointer"], "asan"),
-    "thread": ([], "tsan"),
-    "undefined": (["-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
+    "address": ("address", ["-Xcc", "-fno-omit-frame-pointer"], "asan"),
+    "thread": ("thread", [], "tsan"),
+    "undefined": ("undefined", ["-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
+    "fuzzing": ("address", [*CHECKED_KERNEL_COUNTERS, *SWIFT_COUNTERS], "asan"),
+    "counters": ("", ["-Xswiftc", "-Xfrontend", "-Xswiftc", "-sanitize=fuzzer", *KERNEL_COUNTERS, *SWIFT_COUNTERS], ""),
 }
 
 
@@ -68,7 +85,7 @@ def sanitizer_runtime(sanitizer: str) -> Path:
         If there is none.
     """
     swift = Path(find_swift()).resolve()
-    name = f"libclang_rt.{SANITIZERS[sanitizer][1]}-{platform.machine()}.so"
+    name = f"libclang_rt.{SANITIZERS[sanitizer][2]}-{platform.machine()}.so"
     answer = subprocess.run(
         [swift.with_name("clang"), f"-print-file-name={name}"], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
@@ -119,7 +136,8 @@ def build_library(configuration: str = "release", scratch_path: str | Path | Non
     command = [find_swift(), "build", "--package-path", str(ROOT), "--scratch-path", str(scratch), "--configuration", configuration]
     command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration, sanitizer)]
     if sanitizer:
-        command += ["--sanitize", sanitizer, *SANITIZERS[sanitizer][0]]
+        name, flags, _ = SANITIZERS[sanitizer]
+        command += [*(["--sanitize", name] if name else []), *flags]
     # SwiftPM tells of its progress on standard output, which belongs to this program's answer.
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError("`swift build` failed; the messages above say why")
