@@ -1,5 +1,6 @@
 // The objects of the framework: devices, queues, command buffers and buffers.
 
+#include <fenv.h>
 #include <pthread.h>
 #include <time.h>
 #include <unistd.h>
@@ -244,6 +245,7 @@ struct sm_command_buffer : sm_object {
 };
 
 void sm_command_queue::run() {
+    fesetenv(FE_DFL_ENV); // A GPU knows nothing of how the thread that committed the work computes.
     for (;;) {
         sm_command_buffer* next;
         {
