@@ -26,11 +26,11 @@ LIBRARY_NAME = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
 # Kernels are C: vectorised harder than SwiftPM's -O2, and free of errno, which nobody reads. Nothing that changes results.
 KERNEL_FLAGS = ["-Xcc", "-O3", "-Xcc", "-fno-math-errno"]
 
-# What SwiftPM is told beside `--sanitize`, and the runtime. Undefined behaviour is one of C: Swift traps by itself.
+# What SwiftPM is told, and the runtime. Undefined behaviour is C's alone, since Swift traps by itself.
 SANITIZERS = {
-    "address": (["-Xcc", "-fno-omit-frame-pointer"], "asan"),
-    "thread": ([], "tsan"),
-    "undefined": (["-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
+    "address": (["--sanitize", "address", "-Xcc", "-fno-omit-frame-pointer"], "asan"),
+    "thread": (["--sanitize", "thread"], "tsan"),
+    "undefined": (["-Xcc", "-fsanitize=undefined", "-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
 }
 
 
@@ -119,7 +119,7 @@ def build_library(configuration: str = "release", scratch_path: str | Path | Non
     command = [find_swift(), "build", "--package-path", str(ROOT), "--scratch-path", str(scratch), "--configuration", configuration]
     command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration, sanitizer)]
     if sanitizer:
-        command += ["--sanitize", sanitizer, *SANITIZERS[sanitizer][0]]
+        command += SANITIZERS[sanitizer][0]
     # SwiftPM tells of its progress on standard output, which belongs to this program's answer.
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError("`swift build` failed; the messages above say why")
