@@ -260,7 +260,8 @@ def test_umfa__a_signal_in_the_middle_of_a_long_call__ends_it_after_the_call(han
     interruptions = 0
     try:
         for _ in range(figures.pick(30, 1000)):
-            signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-5, 1.2 * usual)))
+            context = None
+            signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-4, 1.2 * usual)))
             try:
                 with umfa.MFAContext(num_threads=2) as context:
                     umfa.attention(q, q, q, context=context)
@@ -268,7 +269,7 @@ def test_umfa__a_signal_in_the_middle_of_a_long_call__ends_it_after_the_call(han
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Interrupt:
                 interruptions += 1
-            del context
+            context = None
             assert handles.living() == 0
             handles.contexts.clear()
             assert umfa.attention(q, q, q).tobytes() == expected
