@@ -287,10 +287,12 @@ def starve(subject: Subject, device: int, host: HostMemory, memory: HostMemory |
     expected = subject.memory()
     lib.mfa_destroy_context(context)
     host.check()
-    refused = 0
+    refused, small = 0, of_merge()
     for forever in (False, True):
         for granted in range(1000):
             context = new_context(device, host)
+            if forever:  # some workspace is there, and has to grow
+                assert small.call(context) == SUCCESS
             subject.prepare(context)
             memory.fail(granted, forever)
             status = subject.call(context)
