@@ -319,7 +319,7 @@ def starve(subject: Subject, device: int, host: HostMemory, memory: HostMemory |
 SUBJECTS = dict(subjects())
 
 
-@pytest.mark.parametrize("name", figures.pick(list(SUBJECTS)[::3], list(SUBJECTS)))
+@pytest.mark.parametrize("name", figures.pick(list(dict.fromkeys([*list(SUBJECTS)[::3], "merge", "create_buffer"])), list(SUBJECTS)))
 def test_cpu__an_allocation_that_fails__is_status_2_and_leaves_nothing(name):
     host = HostMemory()
     refused = starve(SUBJECTS[name](), native.lib.MFA_DEVICE_CPU, host, host)

@@ -269,7 +269,7 @@ def test_every_argument__every_bad_value__is_refused_in_words_and_changes_nothin
 @pytest.mark.parametrize("sanitizer", ["address", "undefined"])
 def test_misuse__under_a_sanitizer__is_as_harmless(sanitizer):
     suites = [Path(__file__), Path(__file__).with_name("test_misuse.py")]
-    done = sanitized.python(sanitizer, "-m", "pytest", "--quiet", "-p", "no:cacheprovider", *suites)
+    done = sanitized.python(sanitizer, "-m", "pytest", "--quiet", "--capture=sys", "-p", "no:cacheprovider", *suites)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     figures.record(
         "misuse", **{f"the_same_with_{sanitizer}_sanitizer": sanitized.figures_of(sanitizer, "misuse")["calls refused as documented"]}
