@@ -261,8 +261,9 @@ def test_umfa__a_signal_in_the_middle_of_a_long_call__ends_it_after_the_call(han
     try:
         for _ in range(figures.pick(30, 1000)):
             context = None
-            signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-4, 1.2 * usual)))
+            delay = float(rng.uniform(1e-4, 1.2 * usual))
             try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
                 with umfa.MFAContext(num_threads=2) as context:
                     umfa.attention(q, q, q, context=context)
                     umfa.quantize(q, "int8", context=context)
