@@ -1,0 +1,547 @@
+"""Plant typical errors into the sources, one at a time, and see which test catches each.
+
+    python tools/mutate.py                      every error of tests/assurance/mutations.toml
+    python tools/mutate.py 'metal-*' NAME ...   those whose names match
+    python tools/mutate.py --missing            those without a result that still holds
+    python tools/mutate.py --list               their names
+
+A suite that nobody has seen fail proves nothing. Errors are planted in copies of the tree below .build-mutation, which keep what was built,
+so that each costs one incremental build; the tests that should notice are run first, then ever more of them. What came of it is written to
+tests/assurance/records/mutation.json. It takes about an hour on two processors, so it is run by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fnmatch
+import functools
+import hashlib
+import json
+import os
+import queue
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "tests" / "assurance" / "mutations.toml"
+RECORDS = ROOT / "tests" / "assurance" / "records" / "mutation.json"
+FOLDER = ROOT / ".build-mutation"
+
+# What has to be built before tests see a change of a source. Python needs nothing; tests of Rust and Objective-C build what they run.
+BUILDS = ("none", "kernels", "library", "metal", "device")
+# Tests that are run when the chosen ones have passed: those of the part, then all.
+WIDER = {
+    "none": ["pytest tests -k 'python or sdpa or check or softmetal_device or header or tools'"],
+    "kernels": ["pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_integer_kernels.py"]
+    + ["pytest tests/test_integer_backward.py tests/test_decode.py tests/test_quantization.py tests/test_merge.py"],
+    "library": ["pytest tests/test_descriptors.py tests/test_flat.py tests/test_merge.py tests/assurance", "pytest tests/test_conformance.py"],
+    "metal": ["pytest tests -k softmetal"],
+    "device": ["pytest tests -k softmetal"],
+}
+EVERYTHING = "pytest tests"
+
+# A test that runs longer has met an error that keeps it from ending.
+MOST_SECONDS = 900
+MOST_SECONDS_OF_A_TEST = 200
+
+
+class TableError(Exception):
+    """What is wrong with the table of errors, or why an error cannot be planted."""
+
+
+class RunError(Exception):
+    """Why nothing can be said about an error."""
+
+
+# ---- The table ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """An error and where it is planted.
+
+    Attributes
+    ----------
+    name, part, error
+        Its name, the part of the product that it is in, what it is and why it is typical.
+    file, text, replacement
+        The first `text` behind `after`, which stands in the file once, is replaced; without `after`, the text itself stands there once.
+    build
+        What has to be built: one of `BUILDS`.
+    tests
+        Command lines of the tests that should notice it, the quickest first.
+    """
+
+    name: str
+    part: str
+    error: str
+    file: str
+    text: str
+    replacement: str
+    build: str
+    tests: tuple[str, ...]
+    after: str = ""
+
+    def plant(self, source: str) -> str:
+        """The source with the error.
+
+        Raises
+        ------
+        TableError
+            If the place is not there, or is not the only one.
+        """
+        anchor = self.after or self.text
+        count = source.count(anchor)
+        if count != 1:
+            raise TableError(f"{self.name}: {self.file} must have this text once, and has it {count} times:\n{anchor}")
+        start = source.index(anchor) + len(self.after)
+        place = source.find(self.text, start)
+        if place < 0:
+            raise TableError(f"{self.name}: {self.file} must have this text behind the other one:\n{self.text}")
+        return source[:place] + self.replacement + source[place + len(self.text) :]
+
+    @property
+    def digest(self) -> str:
+        """Changes with what is planted."""
+        parts = (self.file, self.after, self.text, self.replacement)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def read_table(path: Path = TABLE) -> list[Mutation]:
+    """All errors of a table, in its order.
+
+    Raises
+    ------
+    TableError
+        If an entry lacks something or says too much.
+    """
+    mutations = []
+    for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutation"]:
+        name = entry.get("name", "(an entry without a name)")
+        try:
+            mutation = Mutation(**{**entry, "tests": tuple(entry["tests"])})
+        except (KeyError, TypeError) as error:
+            raise TableError(f"{path.name}: {name}: {error}") from None
+        if mutation.build not in BUILDS:
+            raise TableError(f"{path.name}: {name}: `build` must be one of {', '.join(BUILDS)} (got {mutation.build})")
+        if mutation.text == mutation.replacement or not mutation.tests:
+            raise TableError(f"{path.name}: {name}: expected a change, and tests that notice it")
+        mutations.append(mutation)
+    names = [mutation.name for mutation in mutations]
+    for name in names:
+        if names.count(name) > 1:
+            raise TableError(f"{path.name}: the name {name} is there more than once")
+    return mutations
+
+
+# ---- Running tests -----------------------------------------------------------------------------------------------------------------------
+
+
+def command_of(line: str) -> tuple[list[str], dict[str, str]]:
+    """The words of a command line and the variables that it sets; `pytest` gets the options with which it says who failed."""
+    words = shlex.split(line)
+    variables = {}
+    while words and re.fullmatch(r"\w+=.*", words[0]):
+        name, _, text = words.pop(0).partition("=")
+        variables[name] = text
+    if words[0] == "pytest":
+        options = ["-x", "-v", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
+        options += [f"--timeout={MOST_SECONDS_OF_A_TEST}", "--timeout-method=thread"]
+        words = [sys.executable, "-m", "pytest", *options, *words[1:]]
+    elif words[0] == "python":
+        words[0] = sys.executable
+    return words, variables
+
+
+def failing_test(output: str) -> str | None:
+    """The test that failed by pytest's own list, or the one that was running when its process ended."""
+    running = None
+    for line in output.splitlines():
+        if not line.startswith("tests/"):
+            continue
+        found = re.match(r"(tests/\S+?::.*?)\s+(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", line)
+        if found is None:
+            running = line.split(" ")[0].strip() if "::" in line else running
+        elif found[2] in ("FAILED", "ERROR"):
+            return found[1]
+        else:
+            running = None
+    return running
+
+
+def run_tests(line: str, folder: Path, variables: Mapping[str, str]) -> str | None:
+    """Run a command line of tests in a folder. What it found, in words; None if all is well.
+
+    Raises
+    ------
+    RunError
+        If no test has run at all.
+    """
+    words, own = command_of(line)
+    process = subprocess.Popen(
+        words,
+        cwd=folder,
+        env={**os.environ, **variables, **own},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=MOST_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        return f"{failing_test(output) or line}: did not end"
+    if process.returncode == 0:
+        if "pytest" in words and " passed" not in output:
+            raise RunError(f"`{line}` runs no test here:\n{output[-2000:]}")
+        return None
+    if "pytest" not in words:
+        return line
+    found = failing_test(output)
+    if process.returncode < 0:
+        return f"{found or line}: {signal.Signals(-process.returncode).name}"
+    if process.returncode not in (1, 2) or found is None:
+        if "Timeout" in output:
+            return f"{found or line}: did not end"
+        error = re.search(r"^ERROR (tests/\S+)", output, flags=re.M)
+        if error is None:
+            raise RunError(f"`{line}` ended with {process.returncode}:\n{output[-3000:]}")
+        return f"{error[1]}: cannot be loaded"
+    return found
+
+
+# ---- A copy of the tree ------------------------------------------------------------------------------------------------------------------
+
+
+class Tree:
+    """A copy of the sources with builds of its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.package = folder / "python" / "src" / "umfa"
+        self.variables = {"PYTHONPATH": str(self.package.parent), "PYTHONDONTWRITEBYTECODE": "1", "MFA_MUTATION": "1"}
+
+    def refresh(self) -> None:
+        """Make the copy what the tree is now. What is the same keeps its time, so nothing is built for it."""
+        listing = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True)
+        wanted = {name for name in listing.stdout.decode().split("\0") if name and (ROOT / name).is_file()}
+        note = self.folder / ".sources"
+        for name in set(note.read_text().split("\n") if note.exists() else []) - wanted - {""}:
+            (self.folder / name).unlink(missing_ok=True)
+        for name in wanted:
+            source, target = ROOT / name, self.folder / name
+            if not target.exists() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, target)
+        note.write_text("\n".join(sorted(wanted)))
+        # Generated from the header, in which no error is planted.
+        shutil.copy(ROOT / "python/src/umfa/_mfa_cffi.py", self.package)
+
+    def call(self, *words: str | Path) -> str:
+        """Run a tool in the copy; what it prints.
+
+        Raises
+        ------
+        RunError
+            If it fails.
+        """
+        command = [sys.executable, *map(str, words)]
+        answer = subprocess.run(command, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        if answer.returncode != 0:
+            raise RunError(answer.stdout + answer.stderr)
+        return answer.stdout
+
+    def build(self, what: str) -> None:
+        """Build what a change of this kind needs.
+
+        Raises
+        ------
+        RunError
+            If the compiler, or a tool, refuses the sources.
+        """
+        if what == "metal":
+            self.call("tools/embed_kernels.py", "--update")
+        if what in ("library", "metal", "kernels"):
+            library = Path(self.call("tools/build_library.py").split("\n")[-2])
+            link = self.package / library.name
+            if not link.is_symlink():
+                link.symlink_to(library)
+        if what in ("metal", "device"):
+            self.call("tools/build_softmetal.py")
+
+    def build_all(self) -> None:
+        """Build everything from the sources as they are."""
+        for what in ("metal", "library"):
+            self.build(what)
+
+    @functools.cached_property
+    def instruction_sets(self) -> set[str]:
+        """Those that this processor has, of the names of kernels."""
+        code = "import umfa; umfa.MFAContext(device='cpu', num_threads=1)"
+        known = ("avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod", "i8mm")
+        environment = {**os.environ, **self.variables}
+        return {
+            name
+            for name in known
+            if subprocess.run([sys.executable, "-c", code], env={**environment, "MFA_KERNELS": name}, capture_output=True).returncode == 0
+        }
+
+    def kernel_commands(self, file: str) -> tuple[list[tuple[Path, list[str]]], list[str]]:
+        """The objects that a source in C belongs to, each with the command that compiles it, and the command that links the library.
+
+        SwiftPM keeps its commands in a manifest. Called by themselves they compile, of a header that all kernels share, only what this
+        processor can execute, and nothing has to be undone but files.
+        """
+        text = (self.folder / ".build" / "release.yaml").read_text()
+        objects, link = [], []
+        for entry in re.split(r"\n(?=  \")", text):
+            arguments = re.search(r"^    args: (\[.*\])$", entry, flags=re.M)
+            if arguments is None:
+                continue
+            if re.search(r"description: \"Linking .*/libmfa\.", entry):
+                link = json.loads(arguments[1])
+            dependencies = re.search(r"^    deps: \"(.*)\"$", entry, flags=re.M)
+            if dependencies is None or not Path(dependencies[1]).exists():
+                continue
+            made = Path(dependencies[1]).with_suffix(".o")
+            needs = Path(dependencies[1]).read_text().replace("\\\n", " ").split()
+            if any(Path(name).resolve() == self.folder / file for name in needs if name.startswith("/")):
+                last = made.name.removesuffix(".c.o").rpartition("_")[2]
+                if last not in ("avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod", "i8mm") or last in self.instruction_sets:
+                    objects.append((made, json.loads(arguments[1])))
+        if not objects or not link:
+            raise RunError(f"SwiftPM's manifest names no object that {file} belongs to")
+        return objects, link
+
+    def plant(self, mutation: Mutation) -> Planted:
+        """Plant an error: the result takes it out again."""
+        return Planted(self, mutation)
+
+
+class Planted:
+    """An error in a tree, while a `with` block lasts."""
+
+    def __init__(self, tree: Tree, mutation: Mutation):
+        self.tree = tree
+        self.mutation = mutation
+        self.path = tree.folder / mutation.file
+        self.kept: dict[Path, tuple[bytes, os.stat_result]] = {}
+
+    def keep(self, path: Path) -> None:
+        """Note a file that has to be as it is now."""
+        self.kept[path] = path.read_bytes(), path.stat()
+
+    def __enter__(self) -> Planted:
+        source = self.path.read_text(encoding="utf-8")
+        self.keep(self.path)
+        self.path.write_text(self.mutation.plant(source), encoding="utf-8")
+        return self
+
+    def build(self) -> None:
+        """Build the tree with the error.
+
+        Raises
+        ------
+        RunError
+            If it does not pass the compiler, or a tool.
+        """
+        if self.mutation.build != "kernels":
+            if self.mutation.build != "none":
+                self.tree.build(self.mutation.build)
+            return
+        objects, link = self.tree.kernel_commands(self.mutation.file)
+        for path in (*(made for made, _ in objects), Path(link[link.index("-o") + 1])):
+            self.keep(path)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self.compile, (command for _, command in objects)))
+        self.compile(link)
+
+    def compile(self, command: list[str]) -> None:
+        """Run one of SwiftPM's commands."""
+        answer = subprocess.run(
+            command, cwd=self.tree.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+        )
+        if answer.returncode != 0:
+            raise RunError(answer.stdout + answer.stderr)
+
+    def __exit__(self, *_: object) -> None:
+        # In place and with their times, so that to SwiftPM nothing has happened.
+        for path, (content, state) in self.kept.items():
+            path.write_bytes(content)
+            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+        if self.mutation.build == "metal":
+            self.tree.call("tools/embed_kernels.py", "--update")
+
+
+# ---- What comes of it --------------------------------------------------------------------------------------------------------------------
+
+
+def try_one(mutation: Mutation, tree: Tree) -> dict[str, Any]:
+    """Plant an error, build, and run tests until one fails."""
+    result: dict[str, Any] = {"digest": mutation.digest, "caught_by": None, "stage": "not caught"}
+    begin = time.monotonic()
+    stages = [("chosen tests", mutation.tests), ("tests of the part", WIDER[mutation.build]), ("all tests", [EVERYTHING])]
+    suspect = ""
+    with tree.plant(mutation) as planted:
+        try:
+            planted.build()
+        except RunError as error:
+            words = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()[-1:]
+            result |= {"caught_by": f"the build: {shorten(words[0], tree)}", "stage": "build"}
+        result["build_seconds"] = round(time.monotonic() - begin, 1)
+        begin = time.monotonic()
+        for stage, lines in stages:
+            for line in lines if result["caught_by"] is None else []:
+                found = run_tests(line, tree.folder, tree.variables)
+                if found is not None:
+                    result |= {"caught_by": found, "stage": stage}
+                    suspect = found if stage != "chosen tests" else ""
+                    break
+        result["test_seconds"] = round(time.monotonic() - begin, 1)
+    if suspect and suspect.startswith("tests/"):
+        # Nobody has seen this one pass in the copy.
+        tree.build_all()
+        node = suspect.partition(": ")[0]
+        if run_tests(f"pytest {shlex.quote(node)}", tree.folder, tree.variables) is not None:
+            raise RunError(f"{mutation.name}: {suspect} fails without the error too")
+    return result
+
+
+def shorten(words: str, tree: Tree) -> str:
+    """A message of a compiler without the folder of the copy."""
+    return words.strip().replace(f"{tree.folder}/", "")[:200]
+
+
+def check_without_errors(mutations: Iterable[Mutation], tree: Tree) -> None:
+    """Build the tree as it is and see that all chosen tests pass: else their failure would mean nothing.
+
+    Raises
+    ------
+    RunError
+        If one fails.
+    """
+    tree.build_all()
+    for line in sorted({line for mutation in mutations for line in mutation.tests}):
+        begin = time.monotonic()
+        found = run_tests(line, tree.folder, tree.variables)
+        if found is not None:
+            raise RunError(f"`{line}` fails without any error: {found}")
+        print(f"passes, {time.monotonic() - begin:5.1f} s: {line}", flush=True)
+
+
+def read_records() -> dict[str, dict[str, Any]]:
+    """What is known of each error."""
+    if not RECORDS.exists():
+        return {}
+    errors: dict[str, dict[str, Any]] = json.loads(RECORDS.read_text())["errors"]
+    return errors
+
+
+def write_records(results: Mapping[str, dict[str, Any]], table: Sequence[Mutation]) -> None:
+    """Keep the results of errors that are still in the table, in its order."""
+    kept = {mutation.name: results[mutation.name] for mutation in table if mutation.name in results}
+    caught = sum(result["caught_by"] is not None for result in kept.values())
+    content = {
+        "suite": "mutation",
+        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
+        "planted": len(kept),
+        "caught": caught,
+        "errors": kept,
+    }
+    RECORDS.parent.mkdir(exist_ok=True)
+    RECORDS.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int) -> list[str]:
+    """Try errors, `jobs` at a time. The names of those that nobody has caught.
+
+    Raises
+    ------
+    RunError
+        If nothing can be said about one.
+    """
+    trees: queue.Queue[Tree] = queue.Queue()
+    for number in range(1, jobs + 1):
+        folder = FOLDER / f"tree-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tree = Tree(folder)
+        tree.refresh()
+        (check_without_errors(chosen, tree) if number == 1 else tree.build_all())
+        trees.put(tree)
+    results = read_records()
+    survivors = []
+
+    def attempt(mutation: Mutation) -> None:
+        tree = trees.get()
+        try:
+            result = try_one(mutation, tree)
+        finally:
+            trees.put(tree)
+        results[mutation.name] = result
+        write_records(results, table)
+        if result["caught_by"] is None:
+            survivors.append(mutation.name)
+        seconds = f"{result['build_seconds']:.0f} s + {result['test_seconds']:.0f} s"
+        print(f"{mutation.name}: {result['stage']}, {seconds}: {result['caught_by'] or 'NOBODY'}", flush=True)
+
+    # Errors of one file follow one another: what is compiled anew for the one is what the next one needs.
+    ordered = sorted(chosen, key=lambda mutation: (BUILDS.index(mutation.build), mutation.file))
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(attempt, ordered))
+    return survivors
+
+
+def main() -> None:
+    """Do as the command line says."""
+    parser = argparse.ArgumentParser(description="Plant errors and see which test catches each.")
+    parser.add_argument("names", nargs="*", help="patterns of names, as of files (default: all)")
+    parser.add_argument("--list", action="store_true", help="print the names and what they are")
+    parser.add_argument("--missing", action="store_true", help="only errors without a result that still holds")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at once, each in a copy of its own (default: 1)")
+    arguments = parser.parse_args()
+    try:
+        table = read_table()
+        for mutation in table:
+            mutation.plant((ROOT / mutation.file).read_text(encoding="utf-8"))
+        chosen = [mutation for mutation in table if any(fnmatch.fnmatch(mutation.name, each) for each in arguments.names or ["*"])]
+        if arguments.missing:
+            known = read_records()
+            chosen = [each for each in chosen if known.get(each.name, {}).get("digest") != each.digest or not known[each.name]["caught_by"]]
+        if arguments.list:
+            for mutation in chosen:
+                print(f"{mutation.name}\n    {mutation.error}\n    {mutation.file}")
+            return
+        if not chosen:
+            sys.exit("mutate: no error has such a name, or all have results that hold")
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        survivors = run_all(chosen, table, max(arguments.jobs, 1))
+    except (TableError, RunError) as error:
+        sys.exit(f"mutate: {error}")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} errors caught")
+    if survivors:
+        sys.exit(f"mutate: nobody has caught {', '.join(survivors)}")
+
+
+if __name__ == "__main__":
+    main()
