@@ -54,10 +54,16 @@ test-metal-asan: build
 test-metal-tsan: build
     @SOFTMETAL_SANITIZER=thread python -m pytest tests/test_softmetal_device.py
 
-# Run the conformance suite through every language and backend, and print the matrix: ./justw conformance [--write]
+# Run the conformance suite through every language and backend, and faults in short, and print the matrix: ./justw conformance [--write]
 conformance *arguments: build
     @python -m pytest --quiet tests/test_conformance.py
+    @python -m pytest --quiet tests/assurance
     @python tests/conformance/report.py "$@"
+
+# Run the suites of faults in full size, and print their figures: ./justw assurance [--write]
+assurance *arguments: build
+    @MFA_ASSURANCE=full python -m pytest --quiet --timeout 1800 tests/assurance
+    @python tests/assurance/report.py "$@"
 
 # Check formats, lints, types and the record of the binary interface
 check: build

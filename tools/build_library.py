@@ -3,12 +3,16 @@
 The one place that knows the linker's flags: just, and the build hook of the Python package, both come here. Run as a program it prints the
 path of the library.
 
-    python tools/build_library.py [--configuration release|debug] [--scratch-path FOLDER]
+    python tools/build_library.py [--configuration release|debug] [--scratch-path FOLDER] [--sanitize address|thread|undefined]
+
+A library that is built with a sanitizer is for tests. The program that loads it has to have the sanitizer's runtime already:
+`sanitizer_runtime()` says which, for LD_PRELOAD.
 """
 
 from __future__ import annotations
 
 import argparse
+import platform
 import re
 import shutil
 import subprocess
@@ -21,6 +25,13 @@ LIBRARY_NAME = "libmfa.dylib" if sys.platform == "darwin" else "libmfa.so"
 
 # Kernels are C: vectorised harder than SwiftPM's -O2, and free of errno, which nobody reads. Nothing that changes results.
 KERNEL_FLAGS = ["-Xcc", "-O3", "-Xcc", "-fno-math-errno"]
+
+# What SwiftPM is told beside `--sanitize`, and the runtime. Undefined behaviour is one of C: Swift traps by itself.
+SANITIZERS = {
+    "address": (["-Xcc", "-fno-omit-frame-pointer"], "asan"),
+    "thread": ([], "tsan"),
+    "undefined": (["-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
+}
 
 
 class BuildError(Exception):
@@ -48,7 +59,26 @@ def find_swift() -> str:
     return swift
 
 
-def linker_flags(configuration: str) -> list[str]:
+def sanitizer_runtime(sanitizer: str) -> Path:
+    """The shared library with the runtime of a sanitizer, from the toolchain that `find_swift()` finds.
+
+    Raises
+    ------
+    BuildError
+        If there is none.
+    """
+    swift = Path(find_swift()).resolve()
+    name = f"libclang_rt.{SANITIZERS[sanitizer][1]}-{platform.machine()}.so"
+    answer = subprocess.run(
+        [swift.with_name("clang"), f"-print-file-name={name}"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    runtime = Path(answer.stdout.strip())
+    if not runtime.is_absolute() or not runtime.is_file():
+        raise BuildError(f"the toolchain of {swift} has no {name}")
+    return runtime
+
+
+def linker_flags(configuration: str, sanitizer: str = "") -> list[str]:
     """What `swift build` has to tell the linker, on this system."""
     if sys.platform == "darwin":
         # The counterpart of the version script. macOS has the Swift runtime and resolves symbols eagerly by itself. Not yet run on a Mac.
@@ -56,14 +86,14 @@ def linker_flags(configuration: str) -> list[str]:
     # nodelete: worker threads outlive any dlclose(), so the library has to stay.
     # nostart-stop-gc: the Swift runtime finds its tables by the start and stop symbols of their sections, which nothing else refers to.
     words = [f"--version-script={ROOT / 'tools' / 'mfa.map'}", "-soname=libmfa.so", "-z", "nodelete"]
-    if configuration == "release":
-        # A debug build may be linked with a sanitizer, whose symbols are undefined until it is loaded.
+    if configuration == "release" and not sanitizer:
+        # The symbols of a sanitizer are undefined until its runtime is loaded.
         words += ["--gc-sections", "-z", "nostart-stop-gc", "-z", "defs"]
     # The toolchain's own linker. Besides being there wherever Swift is, it lists no private symbol in the library's dynamic table.
     return ["-Xswiftc", "-static-stdlib", "-Xswiftc", "-use-ld=lld", *(flag for word in words for flag in ("-Xlinker", word))]
 
 
-def build_library(configuration: str = "release", scratch_path: str | Path | None = None) -> Path:
+def build_library(configuration: str = "release", scratch_path: str | Path | None = None, sanitizer: str = "") -> Path:
     """Build libmfa with SwiftPM; quick if nothing changed.
 
     Parameters
@@ -71,7 +101,9 @@ def build_library(configuration: str = "release", scratch_path: str | Path | Non
     configuration
         ``"release"`` or ``"debug"``.
     scratch_path
-        Folder for what SwiftPM makes; ``.build`` at the repository's root by default.
+        Folder for what SwiftPM makes; ``.build`` at the repository's root by default, ``.build-address`` and the like with a sanitizer.
+    sanitizer
+        A key of `SANITIZERS`, or none.
 
     Returns
     -------
@@ -83,9 +115,11 @@ def build_library(configuration: str = "release", scratch_path: str | Path | Non
     BuildError
         If Swift is missing or too old, or does not compile the library.
     """
-    scratch = Path(scratch_path) if scratch_path is not None else ROOT / ".build"
+    scratch = Path(scratch_path) if scratch_path is not None else ROOT / (f".build-{sanitizer}" if sanitizer else ".build")
     command = [find_swift(), "build", "--package-path", str(ROOT), "--scratch-path", str(scratch), "--configuration", configuration]
-    command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration)]
+    command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration, sanitizer)]
+    if sanitizer:
+        command += ["--sanitize", sanitizer, *SANITIZERS[sanitizer][0]]
     # SwiftPM tells of its progress on standard output, which belongs to this program's answer.
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError("`swift build` failed; the messages above say why")
@@ -100,10 +134,11 @@ def main() -> None:
     """Build as the command line says, and print the library's path."""
     parser = argparse.ArgumentParser(description="Build libmfa and print its path.")
     parser.add_argument("--configuration", choices=["release", "debug"], default="release")
-    parser.add_argument("--scratch-path", type=Path, help="folder for intermediate files (default: .build)")
+    parser.add_argument("--scratch-path", type=Path, help="folder for intermediate files (default: .build, with a sanitizer .build-NAME)")
+    parser.add_argument("--sanitize", choices=list(SANITIZERS), default="", help="a library for tests, which watches itself")
     arguments = parser.parse_args()
     try:
-        print(build_library(arguments.configuration, arguments.scratch_path))
+        print(build_library(arguments.configuration, arguments.scratch_path, arguments.sanitize))
     except BuildError as error:
         sys.exit(f"build_library: {error}")
 
