@@ -28,11 +28,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import metal_translator
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -44,18 +46,22 @@ TABLE = ROOT / "tests" / "assurance" / "mutations.toml"
 RECORDS = ROOT / "tests" / "assurance" / "records" / "mutation.json"
 FOLDER = ROOT / ".build-mutation"
 
-# What has to be built before tests see a change of a source. Python needs nothing; tests of Rust and Objective-C build what they run.
-BUILDS = ("none", "kernels", "library", "metal", "device")
+# What has to be built before tests see a change of a source:
+#   none     nothing: Python; tests of Rust and Objective-C build what they run themselves
+#   objects  the objects that the source belongs to, and the library: C and Swift
+#   metal    the kernels for GPUs, as the software device runs them
+#   device   the software device
+BUILDS = ("none", "objects", "metal", "device")
 # Tests that are run when the chosen ones have passed: those of the part, then all.
 WIDER = {
-    "none": ["pytest tests -k 'python or sdpa or check or softmetal_device or header or tools'"],
-    "kernels": ["pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_integer_kernels.py"]
-    + ["pytest tests/test_integer_backward.py tests/test_decode.py tests/test_quantization.py tests/test_merge.py"],
-    "library": ["pytest tests/test_descriptors.py tests/test_flat.py tests/test_merge.py tests/assurance", "pytest tests/test_conformance.py"],
-    "metal": ["pytest tests -k softmetal"],
-    "device": ["pytest tests -k softmetal"],
+    "none": "pytest tests -k 'python or sdpa or check or softmetal_device or header or tools'",
+    "objects": "pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_decode.py"
+    " tests/test_integer_kernels.py tests/test_integer_backward.py tests/test_quantization.py tests/test_merge.py tests/test_descriptors.py tests/test_flat.py",
+    "metal": "pytest tests -k softmetal",
+    "device": "pytest tests -k softmetal",
 }
 EVERYTHING = "pytest tests"
+INSTRUCTION_SETS = ("avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod", "i8mm")
 
 # A test that runs longer has met an error that keeps it from ending.
 MOST_SECONDS = 900
@@ -87,6 +93,9 @@ class Mutation:
         What has to be built: one of `BUILDS`.
     tests
         Command lines of the tests that should notice it, the quickest first.
+    kernels
+        In which of the kernels that share a header in C the error is planted, by the names of their files; none: in all of them. An error
+        in one kernel compiles faster and is harder to notice.
     """
 
     name: str
@@ -98,6 +107,7 @@ class Mutation:
     build: str
     tests: tuple[str, ...]
     after: str = ""
+    kernels: tuple[str, ...] = ()
 
     def plant(self, source: str) -> str:
         """The source with the error.
@@ -120,7 +130,7 @@ class Mutation:
     @property
     def digest(self) -> str:
         """Changes with what is planted."""
-        parts = (self.file, self.after, self.text, self.replacement)
+        parts = (self.file, self.after, self.text, self.replacement, *self.kernels)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -136,8 +146,9 @@ def read_table(path: Path = TABLE) -> list[Mutation]:
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["mutation"]:
         name = entry.get("name", "(an entry without a name)")
         try:
-            mutation = Mutation(**{**entry, "tests": tuple(entry["tests"])})
-        except (KeyError, TypeError) as error:
+            fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+            mutation = Mutation(**fields)
+        except TypeError as error:
             raise TableError(f"{path.name}: {name}: {error}") from None
         if mutation.build not in BUILDS:
             raise TableError(f"{path.name}: {name}: `build` must be one of {', '.join(BUILDS)} (got {mutation.build})")
@@ -258,85 +269,86 @@ class Tree:
         # Generated from the header, in which no error is planted.
         shutil.copy(ROOT / "python/src/umfa/_mfa_cffi.py", self.package)
 
-    def call(self, *words: str | Path) -> str:
-        """Run a tool in the copy; what it prints.
+    def call(self, *words: str, given: str = "") -> str:
+        """Run a tool in the copy with `given` on its standard input; what it prints.
 
         Raises
         ------
         RunError
             If it fails.
         """
-        command = [sys.executable, *map(str, words)]
-        answer = subprocess.run(command, cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
+        command = [sys.executable, *words]
+        answer = subprocess.run(command, cwd=self.folder, input=given, capture_output=True, text=True, errors="replace")
         if answer.returncode != 0:
             raise RunError(answer.stdout + answer.stderr)
         return answer.stdout
 
-    def build(self, what: str) -> None:
-        """Build what a change of this kind needs.
+    def build(self) -> None:
+        """Build everything from the sources as they are.
 
         Raises
         ------
         RunError
-            If the compiler, or a tool, refuses the sources.
+            If it cannot be built.
         """
-        if what == "metal":
-            self.call("tools/embed_kernels.py", "--update")
-        if what in ("library", "metal", "kernels"):
-            library = Path(self.call("tools/build_library.py").split("\n")[-2])
-            link = self.package / library.name
-            if not link.is_symlink():
-                link.symlink_to(library)
-        if what in ("metal", "device"):
-            self.call("tools/build_softmetal.py")
-
-    def build_all(self) -> None:
-        """Build everything from the sources as they are."""
-        for what in ("metal", "library"):
-            self.build(what)
+        library = Path(self.call("tools/build_library.py").split("\n")[-2])
+        link = self.package / library.name
+        if not link.is_symlink():
+            link.symlink_to(library)
+        self.call("tools/build_softmetal.py")
 
     @functools.cached_property
     def instruction_sets(self) -> set[str]:
         """Those that this processor has, of the names of kernels."""
-        code = "import umfa; umfa.MFAContext(device='cpu', num_threads=1)"
-        known = ("avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod", "i8mm")
-        environment = {**os.environ, **self.variables}
+        words = [sys.executable, "-c", "import umfa; umfa.MFAContext(device='cpu', num_threads=1)"]
+        variables = {**os.environ, **self.variables}
         return {
             name
-            for name in known
-            if subprocess.run([sys.executable, "-c", code], env={**environment, "MFA_KERNELS": name}, capture_output=True).returncode == 0
+            for name in INSTRUCTION_SETS
+            if subprocess.run(words, env={**variables, "MFA_KERNELS": name}, capture_output=True).returncode == 0
         }
 
-    def kernel_commands(self, file: str) -> tuple[list[tuple[Path, list[str]]], list[str]]:
-        """The objects that a source in C belongs to, each with the command that compiles it, and the command that links the library.
+    def commands_for(self, mutation: Mutation) -> list[Command]:
+        """The commands that compile what an error's file belongs to, and at last the one that links the library.
 
-        SwiftPM keeps its commands in a manifest. Called by themselves they compile, of a header that all kernels share, only what this
-        processor can execute, and nothing has to be undone but files.
+        SwiftPM keeps its commands in a manifest. Called by themselves, they compile no more than what changes, and what they have made can
+        be put back. A header is compiled with those kernels that this processor can execute.
         """
-        text = (self.folder / ".build" / "release.yaml").read_text()
-        objects, link = [], []
-        for entry in re.split(r"\n(?=  \")", text):
-            arguments = re.search(r"^    args: (\[.*\])$", entry, flags=re.M)
-            if arguments is None:
+        compiling, linking = [], []
+        file = self.folder / mutation.file
+        for entry in re.split(r"\n(?=  \")", (self.folder / ".build" / "release.yaml").read_text()):
+            found = re.search(r"^    args: (\[.*\])$", entry, flags=re.M)
+            if found is None:
                 continue
-            if re.search(r"description: \"Linking .*/libmfa\.", entry):
-                link = json.loads(arguments[1])
+            inputs, outputs = (json.loads(each) for each in re.findall(r"^    (?:in|out)puts: (\[.*\])$", entry, flags=re.M))
+            command = Command(json.loads(found[1]), [Path(name) for name in outputs if name.startswith("/")])
             dependencies = re.search(r"^    deps: \"(.*)\"$", entry, flags=re.M)
-            if dependencies is None or not Path(dependencies[1]).exists():
-                continue
-            made = Path(dependencies[1]).with_suffix(".o")
-            needs = Path(dependencies[1]).read_text().replace("\\\n", " ").split()
-            if any(Path(name).resolve() == self.folder / file for name in needs if name.startswith("/")):
-                last = made.name.removesuffix(".c.o").rpartition("_")[2]
-                if last not in ("avx2", "avxvnni", "avx512", "avx512vnni", "neon", "dotprod", "i8mm") or last in self.instruction_sets:
-                    objects.append((made, json.loads(arguments[1])))
-        if not objects or not link:
-            raise RunError(f"SwiftPM's manifest names no object that {file} belongs to")
-        return objects, link
+            if dependencies is not None and Path(dependencies[1]).exists():
+                inputs = Path(dependencies[1]).read_text().replace("\\\n", " ").split()
+                name = command.outputs[0].name.removesuffix(".c.o")
+                wanted = name in mutation.kernels if mutation.kernels else name.rpartition("_")[2] not in self.lacking
+                if wanted and any(Path(each).resolve() == file for each in inputs if each.startswith(str(self.folder))):
+                    compiling.append(command)
+            elif any(output.name.startswith("libmfa.") for output in command.outputs):
+                linking.append(command)
+            elif str(file) in inputs and "-c" in command.words:
+                compiling.append(command)
+        if not compiling or len(linking) != 1:
+            raise RunError(f"{mutation.name}: SwiftPM's manifest names nothing that {mutation.file} belongs to")
+        return [*compiling, *linking]
 
-    def plant(self, mutation: Mutation) -> Planted:
-        """Plant an error: the result takes it out again."""
-        return Planted(self, mutation)
+    @property
+    def lacking(self) -> set[str]:
+        """Instruction sets that this processor lacks."""
+        return set(INSTRUCTION_SETS) - self.instruction_sets
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of SwiftPM's and the files that it makes."""
+
+    words: list[str]
+    outputs: list[Path]
 
 
 class Planted:
@@ -347,6 +359,7 @@ class Planted:
         self.mutation = mutation
         self.path = tree.folder / mutation.file
         self.kept: dict[Path, tuple[bytes, os.stat_result]] = {}
+        self.sources: dict[str, str] = {}
 
     def keep(self, path: Path) -> None:
         """Note a file that has to be as it is now."""
@@ -354,33 +367,40 @@ class Planted:
 
     def __enter__(self) -> Planted:
         source = self.path.read_text(encoding="utf-8")
+        self.sources = self.metal_sources() if self.mutation.build == "metal" else {}
         self.keep(self.path)
         self.path.write_text(self.mutation.plant(source), encoding="utf-8")
         return self
 
+    def metal_sources(self) -> dict[str, str]:
+        """The texts of the kernels for GPUs, as they are now."""
+        return {path.name: metal_translator.flatten(path) for path in (self.tree.folder / "core/MetalBackend/Kernels").glob("*.metal")}
+
     def build(self) -> None:
-        """Build the tree with the error.
+        """Build what has changed.
 
         Raises
         ------
         RunError
             If it does not pass the compiler, or a tool.
         """
-        if self.mutation.build != "kernels":
-            if self.mutation.build != "none":
-                self.tree.build(self.mutation.build)
-            return
-        objects, link = self.tree.kernel_commands(self.mutation.file)
-        for path in (*(made for made, _ in objects), Path(link[link.index("-o") + 1])):
-            self.keep(path)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self.compile, (command for _, command in objects)))
-        self.compile(link)
+        if self.mutation.build == "objects":
+            *compiling, linking = self.tree.commands_for(self.mutation)
+            for path in (path for command in (*compiling, linking) for path in command.outputs if path.is_file()):
+                self.keep(path)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(self.run, compiling))
+            self.run(linking)
+        elif self.mutation.build in ("metal", "device"):
+            self.keep(self.tree.folder / ".build-softmetal" / "libsoftmetal.so")
+            # The library asks for kernels by the hash of their text. The wrong ones get that of the right ones, and the library stays.
+            texts = {text: self.sources[name] for name, text in self.metal_sources().items()} if self.sources else {}
+            self.tree.call("-c", BUILD_KERNELS, given=json.dumps(texts))
 
-    def compile(self, command: list[str]) -> None:
+    def run(self, command: Command) -> None:
         """Run one of SwiftPM's commands."""
         answer = subprocess.run(
-            command, cwd=self.tree.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
+            command.words, cwd=self.tree.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"
         )
         if answer.returncode != 0:
             raise RunError(answer.stdout + answer.stderr)
@@ -390,8 +410,19 @@ class Planted:
         for path, (content, state) in self.kept.items():
             path.write_bytes(content)
             os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
-        if self.mutation.build == "metal":
-            self.tree.call("tools/embed_kernels.py", "--update")
+
+
+BUILD_KERNELS = """
+import json, sys
+sys.path.insert(0, "tools")
+import build_softmetal, metal_translator
+right, hash_of = json.load(sys.stdin), metal_translator.source_hash
+metal_translator.source_hash = lambda text: hash_of(right.get(text, text))
+try:
+    build_softmetal.build_library()
+except (build_softmetal.BuildError, metal_translator.TranslationError) as error:
+    sys.exit(str(error))
+"""
 
 
 # ---- What comes of it --------------------------------------------------------------------------------------------------------------------
@@ -400,10 +431,9 @@ class Planted:
 def try_one(mutation: Mutation, tree: Tree) -> dict[str, Any]:
     """Plant an error, build, and run tests until one fails."""
     result: dict[str, Any] = {"digest": mutation.digest, "caught_by": None, "stage": "not caught"}
-    begin = time.monotonic()
-    stages = [("chosen tests", mutation.tests), ("tests of the part", WIDER[mutation.build]), ("all tests", [EVERYTHING])]
-    suspect = ""
-    with tree.plant(mutation) as planted:
+    stages = [("chosen tests", mutation.tests), ("tests of the part", [WIDER[mutation.build]]), ("all tests", [EVERYTHING])]
+    with Planted(tree, mutation) as planted:
+        begin = time.monotonic()
         try:
             planted.build()
         except RunError as error:
@@ -412,19 +442,11 @@ def try_one(mutation: Mutation, tree: Tree) -> dict[str, Any]:
         result["build_seconds"] = round(time.monotonic() - begin, 1)
         begin = time.monotonic()
         for stage, lines in stages:
-            for line in lines if result["caught_by"] is None else []:
-                found = run_tests(line, tree.folder, tree.variables)
+            for line in lines:
+                found = run_tests(line, tree.folder, tree.variables) if result["caught_by"] is None else None
                 if found is not None:
                     result |= {"caught_by": found, "stage": stage}
-                    suspect = found if stage != "chosen tests" else ""
-                    break
         result["test_seconds"] = round(time.monotonic() - begin, 1)
-    if suspect and suspect.startswith("tests/"):
-        # Nobody has seen this one pass in the copy.
-        tree.build_all()
-        node = suspect.partition(": ")[0]
-        if run_tests(f"pytest {shlex.quote(node)}", tree.folder, tree.variables) is not None:
-            raise RunError(f"{mutation.name}: {suspect} fails without the error too")
     return result
 
 
@@ -433,21 +455,22 @@ def shorten(words: str, tree: Tree) -> str:
     return words.strip().replace(f"{tree.folder}/", "")[:200]
 
 
-def check_without_errors(mutations: Iterable[Mutation], tree: Tree) -> None:
-    """Build the tree as it is and see that all chosen tests pass: else their failure would mean nothing.
+def check_without_errors(results: Mapping[str, dict[str, Any]], tree: Tree) -> None:
+    """See that the tests which have noticed errors pass where there are none: else their failure would mean nothing.
 
     Raises
     ------
     RunError
         If one fails.
     """
-    tree.build_all()
-    for line in sorted({line for mutation in mutations for line in mutation.tests}):
-        begin = time.monotonic()
-        found = run_tests(line, tree.folder, tree.variables)
+    tree.build()
+    notices = {str(result["caught_by"]) for result in results.values() if result["stage"] != "build" and result["caught_by"]}
+    nodes = {re.sub(r": (did not end|cannot be loaded|SIG[A-Z]+)$", "", notice) for notice in notices}
+    tests = sorted(node for node in nodes if node.startswith("tests/"))
+    for line in (f"pytest {shlex.join(tests)}" if tests else "", *sorted(nodes - set(tests))):
+        found = run_tests(line, tree.folder, tree.variables) if line else None
         if found is not None:
-            raise RunError(f"`{line}` fails without any error: {found}")
-        print(f"passes, {time.monotonic() - begin:5.1f} s: {line}", flush=True)
+            raise RunError(f"{found} fails without any error")
 
 
 def read_records() -> dict[str, dict[str, Any]]:
@@ -487,7 +510,7 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int) ->
         folder.mkdir(parents=True, exist_ok=True)
         tree = Tree(folder)
         tree.refresh()
-        (check_without_errors(chosen, tree) if number == 1 else tree.build_all())
+        tree.build()
         trees.put(tree)
     results = read_records()
     survivors = []
@@ -505,10 +528,9 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int) ->
         seconds = f"{result['build_seconds']:.0f} s + {result['test_seconds']:.0f} s"
         print(f"{mutation.name}: {result['stage']}, {seconds}: {result['caught_by'] or 'NOBODY'}", flush=True)
 
-    # Errors of one file follow one another: what is compiled anew for the one is what the next one needs.
-    ordered = sorted(chosen, key=lambda mutation: (BUILDS.index(mutation.build), mutation.file))
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(attempt, ordered))
+        list(pool.map(attempt, chosen))
+    check_without_errors({mutation.name: results[mutation.name] for mutation in chosen}, trees.get())
     return survivors
 
 
