@@ -55,8 +55,8 @@ BUILDS = ("none", "objects", "metal", "device")
 # Tests that are run when the chosen ones have passed: those of the part, then all.
 WIDER = {
     "none": "pytest tests -k 'python or sdpa or check or softmetal_device or header or tools'",
-    "objects": "pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_decode.py"
-    " tests/test_integer_kernels.py tests/test_integer_backward.py tests/test_quantization.py tests/test_merge.py tests/test_descriptors.py tests/test_flat.py",
+    "objects": "pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_decode.py tests/test_merge.py"
+    " tests/test_integer_kernels.py tests/test_integer_backward.py tests/test_quantization.py tests/test_descriptors.py tests/test_flat.py",
     "metal": "pytest tests -k softmetal",
     "device": "pytest tests -k softmetal",
 }
@@ -428,8 +428,8 @@ except (build_softmetal.BuildError, metal_translator.TranslationError) as error:
 # ---- What comes of it --------------------------------------------------------------------------------------------------------------------
 
 
-def try_one(mutation: Mutation, tree: Tree) -> dict[str, Any]:
-    """Plant an error, build, and run tests until one fails."""
+def try_one(mutation: Mutation, tree: Tree, only_chosen: bool) -> dict[str, Any]:
+    """Plant an error, build, and run tests until one fails: the chosen ones, then, unless `only_chosen`, others."""
     result: dict[str, Any] = {"digest": mutation.digest, "caught_by": None, "stage": "not caught"}
     stages = [("chosen tests", mutation.tests), ("tests of the part", [WIDER[mutation.build]]), ("all tests", [EVERYTHING])]
     with Planted(tree, mutation) as planted:
@@ -441,7 +441,7 @@ def try_one(mutation: Mutation, tree: Tree) -> dict[str, Any]:
             result |= {"caught_by": f"the build: {shorten(words[0], tree)}", "stage": "build"}
         result["build_seconds"] = round(time.monotonic() - begin, 1)
         begin = time.monotonic()
-        for stage, lines in stages:
+        for stage, lines in stages[:1] if only_chosen else stages:
             for line in lines:
                 found = run_tests(line, tree.folder, tree.variables) if result["caught_by"] is None else None
                 if found is not None:
@@ -496,7 +496,7 @@ def write_records(results: Mapping[str, dict[str, Any]], table: Sequence[Mutatio
     RECORDS.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int) -> list[str]:
+def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, only_chosen: bool) -> list[str]:
     """Try errors, `jobs` at a time. The names of those that nobody has caught.
 
     Raises
@@ -518,7 +518,7 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int) ->
     def attempt(mutation: Mutation) -> None:
         tree = trees.get()
         try:
-            result = try_one(mutation, tree)
+            result = try_one(mutation, tree, only_chosen)
         finally:
             trees.put(tree)
         results[mutation.name] = result
@@ -540,6 +540,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="patterns of names, as of files (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names and what they are")
     parser.add_argument("--missing", action="store_true", help="only errors without a result that still holds")
+    parser.add_argument("--chosen", action="store_true", help="only the tests that should notice an error, no others after them")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once, each in a copy of its own (default: 1)")
     arguments = parser.parse_args()
     try:
@@ -557,7 +558,7 @@ def main() -> None:
         if not chosen:
             sys.exit("mutate: no error has such a name, or all have results that hold")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        survivors = run_all(chosen, table, max(arguments.jobs, 1))
+        survivors = run_all(chosen, table, max(arguments.jobs, 1), arguments.chosen)
     except (TableError, RunError) as error:
         sys.exit(f"mutate: {error}")
     print(f"{len(chosen) - len(survivors)} of {len(chosen)} errors caught")
