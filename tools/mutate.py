@@ -513,12 +513,17 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, on
         tree.build()
         trees.put(tree)
     results = read_records()
-    survivors = []
+    survivors: list[str] = []
+    unknown: list[str] = []
 
     def attempt(mutation: Mutation) -> None:
         tree = trees.get()
         try:
             result = try_one(mutation, tree, only_chosen)
+        except RunError as error:
+            print(f"{mutation.name}: {error}", flush=True)
+            unknown.append(mutation.name)
+            return
         finally:
             trees.put(tree)
         results[mutation.name] = result
@@ -530,8 +535,8 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, on
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(attempt, chosen))
-    check_without_errors({mutation.name: results[mutation.name] for mutation in chosen}, trees.get())
-    return survivors
+    check_without_errors({mutation.name: results[mutation.name] for mutation in chosen if mutation.name not in unknown}, trees.get())
+    return [*survivors, *unknown]
 
 
 def main() -> None:
