@@ -13,7 +13,6 @@ tests/assurance/records/mutation.json. It takes about an hour on two processors,
 from __future__ import annotations
 
 import argparse
-import datetime
 import fnmatch
 import functools
 import hashlib
@@ -35,6 +34,9 @@ from pathlib import Path
 from typing import Any
 
 import metal_translator
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "assurance"))
+import figures  # type: ignore[import-not-found]  # tests are not checked for types
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -482,18 +484,23 @@ def read_records() -> dict[str, dict[str, Any]]:
 
 
 def write_records(results: Mapping[str, dict[str, Any]], table: Sequence[Mutation]) -> None:
-    """Keep the results of errors that are still in the table, in its order."""
-    kept = {mutation.name: results[mutation.name] for mutation in table if mutation.name in results}
-    caught = sum(result["caught_by"] is not None for result in kept.values())
-    content = {
-        "suite": "mutation",
-        "date": datetime.datetime.now(tz=datetime.timezone.utc).date().isoformat(),
-        "planted": len(kept),
-        "caught": caught,
-        "errors": kept,
+    """Keep the results of errors that are still in the table, in its order, in the form of tests/assurance/figures.py."""
+    kept = {
+        mutation.name: {"part": mutation.part, "error": mutation.error, **results[mutation.name]}
+        for mutation in table
+        if mutation.name in results
     }
+    stages = [result["stage"] for result in kept.values()]
+    counts = {
+        "errors planted": len(kept),
+        "caught by the tests that should": stages.count("chosen tests"),
+        "caught by other tests": stages.count("tests of the part") + stages.count("all tests"),
+        "caught by the compiler or a tool": stages.count("build"),
+        "caught by nobody": stages.count("not caught"),
+    }
+    content = {**figures.circumstances(), "size": "full", "figures": counts, "errors": kept}
     RECORDS.parent.mkdir(exist_ok=True)
-    RECORDS.write_text(json.dumps(content, indent=2) + "\n")
+    RECORDS.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, only_chosen: bool) -> list[str]:
