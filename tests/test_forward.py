@@ -72,6 +72,13 @@ def test_attention__lengths_around_tiles__equal_the_reference(rows, columns):
     check(problem(np.random.default_rng(4), Sizes(batch=1, rows=rows, columns=columns), causal="lower_right"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention__first_tiles_that_are_excluded__leave_no_trace(dtype):
+    """Until a row attends something, its largest score is -inf."""
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=70, columns=300, channels=17, value_channels=9)
+    check(problem(np.random.default_rng(0), sizes, dtypes=(dtype,) * 3, window=(5, 0), query_offset=200))
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("dtype", [*DTYPES, *CODES])
