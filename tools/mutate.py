@@ -57,8 +57,8 @@ BUILDS = ("none", "objects", "metal", "device")
 # Tests that are run when the chosen ones have passed: those of the part, then all.
 WIDER = {
     "none": "pytest tests -k 'python or sdpa or check or softmetal_device or header or tools'",
-    "objects": "pytest tests/test_forward.py tests/test_backward.py tests/test_kernels.py tests/test_decode.py tests/test_merge.py"
-    " tests/test_integer_kernels.py tests/test_integer_backward.py tests/test_quantization.py tests/test_descriptors.py tests/test_flat.py",
+    "objects": "pytest test_forward.py test_backward.py test_kernels.py test_decode.py test_merge.py test_integer_kernels.py"
+    " test_integer_backward.py test_quantization.py test_descriptors.py test_flat.py",
     "metal": "pytest tests -k softmetal",
     "device": "pytest tests -k softmetal",
 }
@@ -167,20 +167,30 @@ def read_table(path: Path = TABLE) -> list[Mutation]:
 # ---- Running tests -----------------------------------------------------------------------------------------------------------------------
 
 
-def command_of(line: str) -> tuple[list[str], dict[str, str]]:
-    """The words of a command line and the variables that it sets; `pytest` gets the options with which it says who failed."""
-    words = shlex.split(line)
-    variables = {}
-    while words and re.fullmatch(r"\w+=.*", words[0]):
-        name, _, text = words.pop(0).partition("=")
-        variables[name] = text
+def test_file(name: str, folder: Path) -> str:
+    """The path of a file of tests, which may have any place below tests/.
+
+    Raises
+    ------
+    RunError
+        If there is none of that name, or more than one.
+    """
+    found = [path.relative_to(folder).as_posix() for path in (folder / "tests").rglob(name)]
+    if len(found) != 1:
+        raise RunError(f"{name} must be there once below tests/ (got {found})")
+    return found[0]
+
+
+def command_of(line: str, folder: Path) -> list[str]:
+    """The words of a command line; `pytest` gets the options with which it says who failed."""
+    words = [test_file(word, folder) if re.fullmatch(r"test_\w+\.py", word) else word for word in shlex.split(line)]
     if words[0] == "pytest":
         options = ["-x", "-v", "--no-header", "--tb=no", "-p", "no:cacheprovider"]
         options += [f"--timeout={MOST_SECONDS_OF_A_TEST}", "--timeout-method=thread"]
         words = [sys.executable, "-m", "pytest", *options, *words[1:]]
     elif words[0] == "python":
         words[0] = sys.executable
-    return words, variables
+    return words
 
 
 def failing_test(output: str) -> str | None:
@@ -207,11 +217,11 @@ def run_tests(line: str, folder: Path, variables: Mapping[str, str]) -> str | No
     RunError
         If no test has run at all.
     """
-    words, own = command_of(line)
+    words = command_of(line, folder)
     process = subprocess.Popen(
         words,
         cwd=folder,
-        env={**os.environ, **variables, **own},
+        env={**os.environ, **variables},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
