@@ -69,23 +69,23 @@ struct AttentionPlan {
     private static func describe(
         _ problem: AttentionProblem, _ table: KernelTable, threads: Int32, _ layout: inout WorkspaceLayout
     ) throws(MFAError) -> (cpu_attention, [QuantizationPass]) {
-        let options = problem.options
         var attention = cpu_attention(problem)
         attention.threads = threads
+        let lengths = problem.options.kvLengths
         var fused: [QuantizationPass] = []
-        if let scheme = options.quantizeQuery {
+        if let scheme = problem.options.quantizeQuery {
             let codes = try FusedOperand("query", problem.query, scheme: scheme, lengths: nil, table, threads: threads, &layout)
             attention.query = codes.tensor
             fused.append(codes.pass)
         }
-        if let scheme = options.quantizeKey {
-            let codes = try FusedOperand("key", problem.key, scheme: scheme, lengths: options.kvLengths, table, threads: threads, &layout)
+        if let scheme = problem.options.quantizeKey {
+            let codes = try FusedOperand("key", problem.key, scheme: scheme, lengths: lengths, table, threads: threads, &layout)
             attention.key = codes.tensor
             fused.append(codes.pass)
         }
-        if let scheme = options.quantizeValue {
+        if let scheme = problem.options.quantizeValue {
             let codes = try FusedOperand(
-                "value", problem.value, scheme: scheme, lengths: options.kvLengths, table, threads: threads, &layout)
+                "value", problem.value, scheme: scheme, lengths: lengths, table, threads: threads, &layout)
             attention.value = codes.tensor
             fused.append(codes.pass)
         }

@@ -50,7 +50,6 @@ extension cpu_attention {
     /// A problem without gradients.
     init(_ problem: AttentionProblem) {
         self.init()
-        let options = problem.options
         batch_size = Int64(problem.batchSize)
         num_heads = Int64(problem.numHeads)
         num_kv_heads = Int64(problem.numKVHeads)
@@ -63,21 +62,21 @@ extension cpu_attention {
         self.value = cpu_tensor(problem.value)
         output = cpu_tensor(problem.output)
         logsumexp = problem.logsumexp
-        mask = cpu_tensor(options.mask)
-        causal = options.causal
-        lower_right = options.alignment == .lowerRight
-        query_offsets = options.queryOffsets
-        query_offset_stride = options.numQueryOffsets > 1 ? 1 : 0
-        window_left = options.windowLeft
-        window_right = options.windowRight
-        kv_lengths = options.kvLengths
+        mask = cpu_tensor(problem.options.mask)
+        causal = problem.options.causal
+        lower_right = problem.options.alignment == .lowerRight
+        query_offsets = problem.options.queryOffsets
+        query_offset_stride = problem.options.numQueryOffsets > 1 ? 1 : 0
+        window_left = problem.options.windowLeft
+        window_right = problem.options.windowRight
+        kv_lengths = problem.options.kvLengths
         softmax_scale = problem.softmaxScale
-        softcap = options.softcap
-        alibi_slopes = options.alibiSlopes
-        sinks = options.sinks
-        dropout_p = options.dropoutP
-        seed = options.seed
-        dropout_offset = options.dropoutOffset
+        softcap = problem.options.softcap
+        alibi_slopes = problem.options.alibiSlopes
+        sinks = problem.options.sinks
+        dropout_p = problem.options.dropoutP
+        seed = problem.options.seed
+        dropout_offset = problem.options.dropoutOffset
     }
 
     /// Adds the gradients.

@@ -16,12 +16,12 @@ struct FusedParts: Sequence {
 
     /// Nil for calls that are not divided: small ones, and those whose parts would not be independent.
     init?(_ problem: AttentionProblem, threads: Int32) {
-        let options = problem.options
-        guard let query = options.quantizeQuery, let key = options.quantizeKey, let value = options.quantizeValue, options.dropoutP == 0
+        guard let query = problem.options.quantizeQuery, let key = problem.options.quantizeKey,
+            let value = problem.options.quantizeValue, problem.options.dropoutP == 0
         else { return nil }
+        let lengths = problem.options.kvLengths
         fused = [
-            ("query", problem.query, query, nil), ("key", problem.key, key, options.kvLengths),
-            ("value", problem.value, value, options.kvLengths),
+            ("query", problem.query, query, nil), ("key", problem.key, key, lengths), ("value", problem.value, value, lengths),
         ]
         // One scale a tensor depends on all of it.
         if fused.contains(where: { $0.scheme.granularity == .tensor }) { return nil }

@@ -60,12 +60,14 @@ public struct AttentionProblem {
     public init(_ request: AttentionRequest, for purpose: Purpose, reading access: ArrayAccess) throws(MFAError) {
         try request.checkSizes()
         try request.checkPointers(for: purpose)
-        try self.init(unwrapping: request)
-        try checkCodes(request.deferred)
-        try checkScalars(reading: access)
-        try checkArrays(reading: access)
-        try checkOverlap(nil, writesOutput: purpose == .forward)
-        try checkServed(request.deferred, reading: access)
+        // Not `self`, which each check would copy.
+        let problem = try AttentionProblem(unwrapping: request)
+        try problem.checkCodes(request.deferred)
+        try problem.checkScalars(reading: access)
+        try problem.checkArrays(reading: access)
+        try problem.checkOverlap(nil, writesOutput: purpose == .forward)
+        try problem.checkServed(request.deferred, reading: access)
+        self = problem
     }
 
     /// Takes over the fields of a request whose sizes and pointers are known to be good.

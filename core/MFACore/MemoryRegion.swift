@@ -15,8 +15,8 @@ struct MemoryRegion {
     let bytes: Range<UInt>
 
     /// Nil for a tensor without elements. The tensor's sizes were checked.
-    init?(_ name: StaticString, _ tensor: Tensor?) {
-        guard let tensor, tensor.hasElements, let address = tensor.address, let reach = tensor.reach else { return nil }
+    init?(_ name: StaticString, _ tensor: Tensor) {
+        guard tensor.hasElements, let address = tensor.address, let reach = tensor.reach else { return nil }
         self.name = name
         field = ""
         base = UInt(bitPattern: address)

@@ -19,10 +19,11 @@ struct OverlapCheck {
     }
 
     /// A tensor with the arrays that its codes need.
-    mutating func reads(_ name: StaticString, _ tensor: Tensor?) {
-        reads(MemoryRegion(name, tensor))
-        // Those of a tensor without elements are not touched.
-        if let tensor, tensor.hasElements { for region in OverlapCheck.arrays(name, tensor) { reads(region) } }
+    mutating func reads(_ name: StaticString, _ tensor: Tensor) {
+        // Nothing of a tensor without elements is touched.
+        guard let region = MemoryRegion(name, tensor) else { return }
+        reads(region)
+        if tensor.effectiveQuantization != nil { for region in OverlapCheck.arrays(name, tensor) { reads(region) } }
     }
 
     /// A tensor whose codes, scales, zero points and means are written.
@@ -66,17 +67,17 @@ extension AttentionProblem {
         check.reads("query", query)
         check.reads("key", key)
         check.reads("value", value)
-        check.reads("mask", options.mask)
+        if let mask = options.mask { check.reads("mask", mask) }
         check.reads(MemoryRegion("query_offsets", options.queryOffsets, count: options.numQueryOffsets, unit: 8))
         check.reads(MemoryRegion("kv_lengths", options.kvLengths, count: batchSize, unit: 8))
         check.reads(MemoryRegion("alibi_slopes", options.alibiSlopes, count: numHeads, unit: size))
         check.reads(MemoryRegion("sinks", options.sinks, count: numHeads, unit: size))
         let logsumexp = MemoryRegion("logsumexp", logsumexp, count: rowCount, unit: size)
         if writesOutput {
-            check.writes(MemoryRegion("output", output))
+            check.writes(output.flatMap { MemoryRegion("output", $0) })
             check.writes(logsumexp)
         } else {
-            check.reads(MemoryRegion("output", output))
+            check.reads(output.flatMap { MemoryRegion("output", $0) })
             check.reads(logsumexp)
         }
         if let gradients {
@@ -84,10 +85,10 @@ extension AttentionProblem {
             check.reads(MemoryRegion("grad_logsumexp", gradients.gradLogsumexp, count: rowCount, unit: size))
             let dValues = MemoryRegion("d_values", gradients.dValues, count: rowCount, unit: size)
             if gradients.dValuesGiven { check.reads(dValues) } else { check.writes(dValues) }
-            check.writes(MemoryRegion("grad_query", gradients.gradQuery))
-            check.writes(MemoryRegion("grad_key", gradients.gradKey))
-            check.writes(MemoryRegion("grad_value", gradients.gradValue))
-            check.writes(MemoryRegion("grad_mask", gradients.gradMask))
+            check.writes(gradients.gradQuery.flatMap { MemoryRegion("grad_query", $0) })
+            check.writes(gradients.gradKey.flatMap { MemoryRegion("grad_key", $0) })
+            check.writes(gradients.gradValue.flatMap { MemoryRegion("grad_value", $0) })
+            check.writes(gradients.gradMask.flatMap { MemoryRegion("grad_mask", $0) })
             check.writes(MemoryRegion("grad_sinks", gradients.gradSinks, count: numHeads, unit: size))
             check.writes(MemoryRegion("grad_alibi_slopes", gradients.gradAlibiSlopes, count: numHeads, unit: size))
         }

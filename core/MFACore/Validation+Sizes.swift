@@ -84,10 +84,10 @@ func text(_ sizes: Shape) -> String { "[\(sizes[0]), \(sizes[1]), \(sizes[2]), \
 
 /// Checks that two tensors, where both are there, agree in a size.
 private func agree(
-    _ word: StaticString, _ first: StaticString, _ one: Tensor?, _ second: StaticString, _ other: Tensor?, axis: Int
+    _ word: StaticString, _ first: StaticString, _ one: Shape?, _ second: StaticString, _ other: Shape?, axis: Int
 ) throws(MFAError) {
-    if let one, let other, one.shape[axis] != other.shape[axis] {
-        throw .dimensions("`\(second)`: its \(word) must be that of `\(first)`, \(one.shape[axis]) (got \(other.shape[axis]))")
+    if let one, let other, one[axis] != other[axis] {
+        throw .dimensions("`\(second)`: its \(word) must be that of `\(first)`, \(one[axis]) (got \(other[axis]))")
     }
 }
 
@@ -107,20 +107,22 @@ extension AttentionRequest {
         try output?.checkSizes("output")
         try options.mask?.checkSizes("mask")
 
+        // Shapes alone from here on: tensors are large to copy.
+        let (query, key, value, output) = (query?.shape, key?.shape, value?.shape, output?.shape)
         if let query {
-            if query.shape[1] < 1 { throw .dimensions("`num_heads` must be 1 or more (got 0)") }
-            try checkHeadDim("head_dim", query.shape[3])
+            if query[1] < 1 { throw .dimensions("`num_heads` must be 1 or more (got 0)") }
+            try checkHeadDim("head_dim", query[3])
         }
         if let key {
-            if key.shape[1] < 1 { throw .dimensions("`num_kv_heads` must be 1 or more (got 0)") }
-            try checkHeadDim("head_dim", key.shape[3])
+            if key[1] < 1 { throw .dimensions("`num_kv_heads` must be 1 or more (got 0)") }
+            try checkHeadDim("head_dim", key[3])
         }
         if let value {
-            if value.shape[1] < 1 { throw .dimensions("`num_kv_heads` must be 1 or more (got 0)") }
-            try checkHeadDim("head_dim_v", value.shape[3])
+            if value[1] < 1 { throw .dimensions("`num_kv_heads` must be 1 or more (got 0)") }
+            try checkHeadDim("head_dim_v", value[3])
         }
-        if let query, let key, query.shape[1] % key.shape[1] != 0 {
-            throw .dimensions("`num_heads` must be a multiple of `num_kv_heads`, \(key.shape[1]) (got \(query.shape[1]))")
+        if let query, let key, query[1] % key[1] != 0 {
+            throw .dimensions("`num_heads` must be a multiple of `num_kv_heads`, \(key[1]) (got \(query[1]))")
         }
         try agree("batch size", "query", query, "key", key, axis: 0)
         try agree("head size", "query", query, "key", key, axis: 3)
@@ -136,26 +138,27 @@ extension AttentionRequest {
     }
 
     private func checkOptionSizes() throws(MFAError) {
-        if let mask = options.mask, let query, let key {
-            let scores = Shape(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-            for axis in 0..<4 where mask.shape[axis] != 1 && mask.shape[axis] != scores[axis] {
-                throw .dimensions("`mask` must broadcast to \(text(scores)) (got \(text(mask.shape)))")
+        let (query, key, value) = (query?.shape, key?.shape, value?.shape)
+        if let mask = options.mask?.shape, let query, let key {
+            let scores = Shape(query[0], query[1], query[2], key[2])
+            for axis in 0..<4 where mask[axis] != 1 && mask[axis] != scores[axis] {
+                throw .dimensions("`mask` must broadcast to \(text(scores)) (got \(text(mask)))")
             }
         }
-        if let scheme = options.quantizeQuery, let query { try scheme.checkSizes("quantize_query", shape: query.shape) }
-        if let scheme = options.quantizeKey, let key { try scheme.checkSizes("quantize_key", shape: key.shape) }
-        if let scheme = options.quantizeValue, let value { try scheme.checkSizes("quantize_value", shape: value.shape) }
+        if let scheme = options.quantizeQuery, let query { try scheme.checkSizes("quantize_query", shape: query) }
+        if let scheme = options.quantizeKey, let key { try scheme.checkSizes("quantize_key", shape: key) }
+        if let scheme = options.quantizeValue, let value { try scheme.checkSizes("quantize_value", shape: value) }
         guard let query else { return }
         let offsets = options.numQueryOffsets
-        if (options.queryOffsets != nil || offsets != 0) && offsets != 1 && offsets != query.shape[0] {
-            throw .dimensions("`num_query_offsets` must be 1 or the batch size, \(query.shape[0]) (got \(offsets))")
+        if (options.queryOffsets != nil || offsets != 0) && offsets != 1 && offsets != query[0] {
+            throw .dimensions("`num_query_offsets` must be 1 or the batch size, \(query[0]) (got \(offsets))")
         }
         let size = statisticSize
         try checkArray("logsumexp", logsumexp, count: rowCount, size: size)
         try checkArray("query_offsets", options.queryOffsets, count: offsets, size: 8)
-        try checkArray("kv_lengths", options.kvLengths, count: query.shape[0], size: 8)
-        try checkArray("alibi_slopes", options.alibiSlopes, count: query.shape[1], size: size)
-        try checkArray("sinks", options.sinks, count: query.shape[1], size: size)
+        try checkArray("kv_lengths", options.kvLengths, count: query[0], size: 8)
+        try checkArray("alibi_slopes", options.alibiSlopes, count: query[1], size: size)
+        try checkArray("sinks", options.sinks, count: query[1], size: size)
     }
 
     var statisticSize: Int { hasDoubleStatistics ? 8 : 4 }

@@ -204,6 +204,25 @@ std::string position(Threadgroup* group) {
     stop(group, report);
 }
 
+void empty(MatrixQueue* queue) {
+    memset(queue->queued, 0, sizeof(queue->queued));
+    memset(queue->at, 0, sizeof(queue->at));
+    memset(queue->calls, 0, sizeof(queue->calls));
+    queue->calls[MatrixQueue::capacity] = MatrixQueue::full;
+    queue->computed = 0;
+    queue->generation++;
+}
+
+// Takes no product: that of simdgroups that are not complete.
+MatrixQueue* always_full() {
+    static MatrixQueue queue = [] {
+        MatrixQueue made{};
+        made.calls[0] = MatrixQueue::full;
+        return made;
+    }();
+    return &queue;
+}
+
 // Computes the products that every lane has queued. True if there were any.
 bool compute_queued(Simdgroup* simdgroup) {
     typedef float row8 __attribute__((ext_vector_type(8), aligned(4)));
@@ -212,29 +231,26 @@ bool compute_queued(Simdgroup* simdgroup) {
     for (int lane = 0; lane < lanes; lane++) ready = std::min(ready, queue->queued[lane]);
     if (ready <= queue->computed) return false;
     for (int first = queue->computed, last; first < ready; first = last) {
-        // Products into one accumulator, as a loop over channels makes them, are summed before it is written.
-        const MatrixQueue::Entry& entry = queue->entries[first];
-        for (last = first + 1; last < ready && queue->entries[last].accumulators[0] == entry.accumulators[0];) last++;
+        // The sum of a run is written once.
+        for (last = first + 1; last < ready && !(queue->calls[last] & 1);) last++;
+        int start = first; // before `first` where a part of the run is computed already
+        while (!(queue->calls[start] & 1)) start--;
         alignas(64) float elements[8][8];
-        entry.gather(entry.accumulators, elements);
+        queue->gather[start](queue->accumulators[start], elements);
         row8 sum[8];
         for (int row = 0; row < 8; row++) memcpy(&sum[row], elements[row], sizeof(row8));
         for (int index = first; index < last; index++) {
-            const MatrixQueue::Entry& product = queue->entries[index];
+            const MatrixQueue::Operands& product = queue->operands[index];
             row8 right[8];
             for (int k = 0; k < 8; k++) memcpy(&right[k], product.right + 8 * k, sizeof(row8));
             for (int row = 0; row < 8; row++)
                 for (int k = 0; k < 8; k++) sum[row] += product.left[8 * row + k] * right[k];
         }
         for (int row = 0; row < 8; row++) memcpy(elements[row], &sum[row], sizeof(row8));
-        entry.scatter(entry.accumulators, elements);
+        queue->scatter[start](queue->accumulators[start], elements);
     }
     queue->computed = ready;
-    if (queue->most == ready) {
-        memset(queue->queued, 0, sizeof(queue->queued));
-        queue->most = queue->computed = 0;
-        queue->generation++;
-    }
+    if (queue->calls[ready] == MatrixQueue::nobody || queue->calls[ready] == MatrixQueue::full) empty(queue);
     simdgroup->runnable |= simdgroup->at_matrices;
     simdgroup->at_matrices = 0;
     return true;
@@ -244,14 +260,23 @@ bool compute_queued(Simdgroup* simdgroup) {
 void wait(Fiber* self) {
     Threadgroup* group = self->threadgroup;
     Simdgroup* own = self->simdgroup;
-    const unsigned self_bit = 1u << self->lane;
-    if (own->at_matrices && compute_queued(own) && (own->runnable & self_bit)) return;
+    // Trying to compute is worth it when no lane has more to queue. At random orders lanes go on as early as they may.
+    if (own->at_matrices && (!own->runnable || group->order == Order::random) && compute_queued(own) && (own->runnable & 1u << self->lane))
+        return;
+    if (group->order == Order::forward) {
+        // Nearly always the next lane.
+        const unsigned above = own->runnable & ~((2u << self->lane) - 1);
+        if (above) return switch_to(self, group->fibers[own->index * lanes + __builtin_ctz(above)]);
+    }
     const int count = group->simdgroup_count;
-    int step = 1, start = own->index;
-    if (group->order == Order::reverse) step = count - 1;
-    if (group->order == Order::random) start = static_cast<int>(draw(group) % count);
+    int at = own->index;
+    if (group->order == Order::random) at = static_cast<int>(draw(group) % count);
     for (int tried = 0; tried < count; tried++) {
-        Simdgroup* simdgroup = group->simdgroups[(start + tried * step) % count];
+        Simdgroup* simdgroup = group->simdgroups[at];
+        if (group->order == Order::reverse)
+            at = at ? at - 1 : count - 1;
+        else
+            at = at + 1 < count ? at + 1 : 0;
         if (!simdgroup->runnable) continue;
         const int before = simdgroup == own ? self->lane : group->order == Order::reverse ? lanes : -1;
         Fiber* next = group->fibers[simdgroup->index * lanes + pick(group, simdgroup->runnable, before)];
@@ -323,7 +348,9 @@ Fiber* make_fiber(Threadgroup* group, unsigned index) {
 #endif
     fiber->stack = stack;
     fiber->stack_size = stack_size;
-    void** top = reinterpret_cast<void**>(stack + stack_size);
+    // Frames of neighbours begin in different sets of the caches: at one place of their pages, eight of them would fill a set.
+    const size_t colour = index * 37 % 64 * 64;
+    void** top = reinterpret_cast<void**>(stack + stack_size - colour);
 #if defined(__x86_64__)
     *--top = nullptr; // aligns the stack as after a call
     *--top = reinterpret_cast<void*>(fiber_main);
@@ -404,9 +431,7 @@ void compute_matrices(Place place) {
     const int needed = queue->queued[self->lane];
     const unsigned generation = queue->generation;
     synchronise_release(queue);
-    for (;;) {
-        compute_queued(simdgroup);
-        if (queue->generation != generation || queue->computed >= needed) break;
+    while (queue->generation == generation && queue->computed < needed) {
         self->operation = Operation::simdgroup_matrix;
         self->place = place;
         simdgroup->runnable &= ~(1u << self->lane);
@@ -417,16 +442,21 @@ void compute_matrices(Place place) {
     synchronise_acquire(queue);
 }
 
-void refuse_partial_matrices(Place place) {
+void prepare_product(Place place, const void* accumulator) {
     Threadgroup* group = current->threadgroup;
-    stop(group, std::string(place.file) + ":" + std::to_string(place.line) + ": a simdgroup_matrix product needs all 32 lanes, in " +
-                    position(group));
-}
-
-void refuse_divergent_matrices(Place place) {
+    MatrixQueue* queue = current->matrices;
+    if (queue == always_full())
+        stop(group, std::string(place.file) + ":" + std::to_string(place.line) + ": a simdgroup_matrix product needs all 32 lanes, in " +
+                        position(group));
+    const int lane = current->lane;
+    if (queue->queued[lane] == MatrixQueue::capacity) compute_matrices(place);
+    MatrixQueue::Call& call = queue->calls[queue->queued[lane]];
+    const MatrixQueue::Call own = MatrixQueue::call(place.line, queue->at[lane] != accumulator);
+    if (call == MatrixQueue::nobody) call = own;
+    if (call == own) return;
     current->operation = Operation::simdgroup_matrix;
     current->place = place;
-    report_divergence(current->threadgroup);
+    report_divergence(group);
 }
 
 void* threadgroup_variable(const void* key, unsigned long size, unsigned long alignment) {
@@ -481,8 +511,7 @@ bool Threadgroup::run() {
     while (static_cast<int>(simdgroups.size()) < simdgroup_count) {
         Simdgroup* simdgroup = new Simdgroup{};
         simdgroup->index = static_cast<int>(simdgroups.size());
-        simdgroup->matrices = new MatrixQueue;
-        simdgroup->matrices->generation = 0;
+        simdgroup->matrices = new MatrixQueue{};
         simdgroups.push_back(simdgroup);
     }
     for (int index = 0; index < simdgroup_count; index++) {
@@ -490,13 +519,12 @@ bool Threadgroup::run() {
         const int count = std::min(lanes, thread_count - index * lanes);
         simdgroup->present = simdgroup->runnable = count == lanes ? ~0u : (1u << count) - 1;
         simdgroup->arrived = simdgroup->at_barrier = simdgroup->at_matrices = simdgroup->finished = 0;
-        memset(simdgroup->matrices->queued, 0, sizeof(simdgroup->matrices->queued));
-        simdgroup->matrices->most = simdgroup->matrices->computed = 0;
+        empty(simdgroup->matrices);
     }
     for (int index = 0; index < thread_count; index++) {
         Fiber* fiber = fibers[index];
         fiber->simdgroup = simdgroups[index / lanes];
-        fiber->matrices = fiber->simdgroup->present == ~0u ? fiber->simdgroup->matrices : nullptr;
+        fiber->matrices = fiber->simdgroup->present == ~0u ? fiber->simdgroup->matrices : always_full();
         fiber->parity = 0;
         fiber->operation = Operation::none;
     }

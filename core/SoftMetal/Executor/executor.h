@@ -47,19 +47,28 @@ struct Slot {
 // one lane computes for all when somebody looks at a result. So lanes need not meet at each product.
 struct MatrixQueue {
     static constexpr int capacity = 32; // fits a cache of the first level
-    struct Entry {
+    struct Operands {
         alignas(64) float left[64]; // by rows
         alignas(64) float right[64];
-        void* accumulators[lanes];
-        int line; // of the call: the same for all lanes
-        void (*gather)(void* const* accumulators, float (*elements)[8]);
-        void (*scatter)(void* const* accumulators, float (*elements)[8]);
     };
-    int queued[lanes];   // by each lane
-    int most;            // by any
-    int computed;        // by all lanes together
-    unsigned generation; // counts how often the queue was emptied
-    Entry entries[capacity];
+    // What all lanes say of a product alike: the line of the call, and whether a run of products into one accumulator starts, as a loop over
+    // channels makes them. A lane finds its own word here unless it is the first, diverges, or has no room: one comparison for the three.
+    typedef unsigned Call;
+    static constexpr Call nobody = 0, full = ~0u;
+    static Call call(int line, bool starts) { return static_cast<Call>(line) << 1 | starts; }
+
+    int queued[lanes];     // by each lane
+    const void* at[lanes]; // the accumulator of each lane's newest product
+    int computed;          // by all lanes together
+    unsigned generation;   // counts how often the queue was emptied
+    Call calls[capacity + 1];
+    Operands operands[capacity];
+    // Of the products that start a run:
+    typedef void Gather(void* const* accumulators, float (*elements)[8]);
+    typedef void Scatter(void* const* accumulators, float (*elements)[8]);
+    Gather* gather[capacity];
+    Scatter* scatter[capacity];
+    void* accumulators[capacity][lanes];
 };
 
 struct Simdgroup {
@@ -79,16 +88,16 @@ struct Simdgroup {
 
 struct Threadgroup;
 
-struct Fiber {
+struct alignas(64) Fiber {
     void* stack_pointer;
     Simdgroup* simdgroup;
     Threadgroup* threadgroup;
+    MatrixQueue* matrices; // one that is always full in a simdgroup that is not complete
     int lane;
     int matrix_row; // of the elements that the lane holds of a matrix, and the column of the first
     int matrix_column;
-    int matrix_element;    // the first of them in a matrix by rows
-    MatrixQueue* matrices; // NULL in a simdgroup that is not complete
-    int parity;            // of the operations that the lane has met in
+    int matrix_element; // the first of them in a matrix by rows
+    int parity;         // of the operations that the lane has met in
     unsigned index;
     Operation operation;
     Place place;
@@ -107,10 +116,9 @@ void meet_threadgroup(Place place);
 void meet_simdgroup(Operation operation, Place place);
 // Waits until the lane's products are computed.
 void compute_matrices(Place place);
-// The caller's simdgroup is not complete: matrices need every lane.
-[[noreturn]] void refuse_partial_matrices(Place place);
-// The lanes of the caller's simdgroup multiply in different places.
-[[noreturn]] void refuse_divergent_matrices(Place place);
+// Makes room for the product that the caller is about to queue. It does not return if the simdgroup is not complete, or if its lanes multiply
+// in different places.
+void prepare_product(Place place, const void* accumulator);
 // The threadgroup's variable of this key, made at its first use and filled with ones: NaN, so that what is read before it is written shows.
 void* threadgroup_variable(const void* key, unsigned long size, unsigned long alignment);
 
