@@ -3,6 +3,7 @@
     python tools/mutate.py                      every error of tests/assurance/mutations.toml
     python tools/mutate.py 'metal-*' NAME ...   those whose names match
     python tools/mutate.py --missing            those without a result that still holds
+    python tools/mutate.py --confirm            plants nothing: whether the tests that noticed errors pass without them
     python tools/mutate.py --list               their names
 
 A suite that nobody has seen fail proves nothing. Errors are planted in copies of the tree below .build-mutation, which keep what was built,
@@ -475,11 +476,13 @@ def check_without_errors(results: Mapping[str, dict[str, Any]], tree: Tree) -> N
     RunError
         If one fails.
     """
-    tree.build()
     notices = {str(result["caught_by"]) for result in results.values() if result["stage"] != "build" and result["caught_by"]}
     nodes = {re.sub(r": (did not end|cannot be loaded|SIG[A-Z]+)$", "", notice) for notice in notices}
-    tests = sorted(node for node in nodes if node.startswith("tests/"))
-    for line in (f"pytest {shlex.join(tests)}" if tests else "", *sorted(nodes - set(tests))):
+    tests = []
+    for node in sorted(node for node in nodes if node.startswith("tests/")):
+        path, _, name = node.partition("::")
+        tests.append(f"{test_file(Path(path).name, tree.folder)}::{name}")
+    for line in (f"pytest {shlex.join(tests)}" if tests else "", *sorted(node for node in nodes if not node.startswith("tests/"))):
         found = run_tests(line, tree.folder, tree.variables) if line else None
         if found is not None:
             raise RunError(f"{found} fails without any error")
@@ -513,6 +516,16 @@ def write_records(results: Mapping[str, dict[str, Any]], table: Sequence[Mutatio
     RECORDS.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def make_tree(number: int) -> Tree:
+    """A copy of the tree, built."""
+    folder = FOLDER / f"tree-{number}"
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = Tree(folder)
+    tree.refresh()
+    tree.build()
+    return tree
+
+
 def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, only_chosen: bool) -> list[str]:
     """Try errors, `jobs` at a time. The names of those that nobody has caught.
 
@@ -523,12 +536,7 @@ def run_all(chosen: Sequence[Mutation], table: Sequence[Mutation], jobs: int, on
     """
     trees: queue.Queue[Tree] = queue.Queue()
     for number in range(1, jobs + 1):
-        folder = FOLDER / f"tree-{number}"
-        folder.mkdir(parents=True, exist_ok=True)
-        tree = Tree(folder)
-        tree.refresh()
-        tree.build()
-        trees.put(tree)
+        trees.put(make_tree(number))
     results = read_records()
     survivors: list[str] = []
     unknown: list[str] = []
@@ -563,6 +571,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the names and what they are")
     parser.add_argument("--missing", action="store_true", help="only errors without a result that still holds")
     parser.add_argument("--chosen", action="store_true", help="only the tests that should notice an error, no others after them")
+    parser.add_argument("--confirm", action="store_true", help="plant nothing; run the tests that have noticed these errors")
     parser.add_argument("--jobs", type=int, default=1, help="how many at once, each in a copy of its own (default: 1)")
     arguments = parser.parse_args()
     try:
@@ -580,6 +589,11 @@ def main() -> None:
         if not chosen:
             sys.exit("mutate: no error has such a name, or all have results that hold")
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if arguments.confirm:
+            known = read_records()
+            check_without_errors({mutation.name: known[mutation.name] for mutation in chosen if mutation.name in known}, make_tree(1))
+            print("all of them pass without an error")
+            return
         survivors = run_all(chosen, table, max(arguments.jobs, 1), arguments.chosen)
     except (TableError, RunError) as error:
         sys.exit(f"mutate: {error}")
