@@ -419,10 +419,11 @@ class Planted:
             raise RunError(answer.stdout + answer.stderr)
 
     def __exit__(self, *_: object) -> None:
-        # In place and with their times, so that to SwiftPM nothing has happened.
         for path, (content, state) in self.kept.items():
             path.write_bytes(content)
-            os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+            # With their times, so that to SwiftPM nothing has happened; but what tests have built themselves has to be built again.
+            if self.mutation.build != "none":
+                os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
 BUILD_KERNELS = """
