@@ -74,7 +74,7 @@ check: build
     ruff format --check --quiet
     ruff check --quiet
     mypy
-    clang-format --dry-run -Werror $(find core docs objc python/src tests/kernels -name '*.[chm]' -o -name '*.cpp')
+    clang-format --dry-run -Werror $(find core docs objc python/src tests/assurance tests/conformance tests/kernels -name '*.[chm]' -o -name '*.cpp')
     swift format lint --strict --parallel --recursive Package.swift core tests/conformance/swift
     python tools/check_abi.py --check
     python tools/embed_kernels.py --check
@@ -84,7 +84,7 @@ check: build
 fmt:
     ruff format --quiet
     ruff check --quiet --fix-only
-    clang-format -i $(find core docs objc python/src tests/kernels -name '*.[chm]' -o -name '*.cpp')
+    clang-format -i $(find core docs objc python/src tests/assurance tests/conformance tests/kernels -name '*.[chm]' -o -name '*.cpp')
     python tools/embed_kernels.py --update
     swift format --in-place --parallel --recursive Package.swift core tests/conformance/swift
     if command -v cargo > /dev/null; then cargo fmt --all --manifest-path rust/Cargo.toml; fi

@@ -77,6 +77,17 @@ def test_each_backend__from_run_to_run_and_for_any_number_of_threads__gives_the_
         assert [name for name in first if other[name] != first[name]] == [], f"{threads} threads"
 
 
+@pytest.mark.parametrize("backend", suite.BACKENDS)
+def test_each_backend__a_sequence_alone__gives_the_bytes_that_it_has_in_a_batch(backend):
+    together = answers("C", backend)
+    try:
+        alone, divided = suite.run_divided(backend)
+    except suite.UnavailableError as reason:
+        pytest.skip(str(reason))
+    assert [name for name in together if alone[name] != together[name]] == []
+    assert divided > len(suite.cases()) / 2
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("sinks", [False, True])

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import umfa
 from native import INVALID_ARGUMENT, INVALID_DIMENSIONS, SUCCESS
 
 FUZZ = """
@@ -115,20 +114,6 @@ HOSTILE = {
         assert lib.mfa_destroy_buffer(buffer[0]) == 0
         assert lib.mfa_destroy_context(context) == 0
     """,
-    "contexts left open at exit with threads at work": """
-        import threading
-        import numpy as np
-        import umfa
-        q = np.ones((1, 8, 600, 64), np.float32)
-        contexts = [umfa.MFAContext(num_threads=2) for _ in range(4)]
-        def work(context):
-            while True:
-                umfa.attention(q, q, q, context=context)
-        for context in contexts:
-            threading.Thread(target=work, args=(context,), daemon=True).start()
-        import time
-        time.sleep(0.3)
-    """,
     "a context closed by another thread during a call": """
         import threading
         import numpy as np
@@ -188,115 +173,3 @@ def test_mfa_attention__random_descriptors_on_buffers__never_crash(seed):
     assert counts[SUCCESS] > 5
     assert counts[INVALID_DIMENSIONS] > 100
     assert counts[INVALID_ARGUMENT] > 100
-
-
-GUARDED = """
-    import ctypes
-    import mmap
-    import numpy as np
-    import umfa
-    from cases import DTYPES, Operand, Sizes, place, problem
-    import native
-    import reference
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    PAGE = mmap.PAGESIZE
-    kept = []
-
-    def guarded(array, at_end):
-        '''A copy of an array that touches a page which nobody may read, at its end or at its begin.'''
-        array = np.ascontiguousarray(array)
-        pages = -(-max(array.nbytes, 1) // PAGE)
-        memory = mmap.mmap(-1, (pages + 2) * PAGE)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        for page in (0, pages + 1):
-            assert libc.mprotect(ctypes.c_void_p(start + page * PAGE), PAGE, 0) == 0
-        offset = PAGE + (pages * PAGE - array.nbytes if at_end else 0)
-        copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
-        copy[...] = array
-        kept.append(memory)
-        return copy
-
-    def guarded_operand(operand, at_end):
-        if not isinstance(operand, umfa.QuantizedTensor):
-            return guarded(operand, at_end)
-        parts = [None if part is None else guarded(part, at_end) for part in (operand.data, operand.scales, operand.zero_points)]
-        if operand.granularity == "tensor":
-            parts[1:] = [None if part is None else part.reshape(()) for part in parts[1:]]
-        return umfa.QuantizedTensor(*parts, shape=operand.shape, granularity=operand.granularity)
-
-    count = 0
-    for seed, (dtype, channels) in enumerate((dtype, channels) for dtype in (*DTYPES, "int8", "int4") for channels in (1, 3, 17, 64, 65)):
-        rng = np.random.default_rng(seed)
-        rows, columns = (int(length) for length in rng.integers(1, 70, 2))
-        sizes = Sizes(batch=1, heads=2, kv_heads=1, rows=rows, columns=columns, channels=channels, value_channels=channels)
-        made = problem(rng, sizes, dtypes=(dtype,) * 3)
-        statistics = np.float64 if dtype == "float64" else np.float32
-        keywords = {
-            "mask": rng.normal(size=(sizes.rows, sizes.columns)).astype(np.float16),
-            "alibi_slopes": rng.normal(size=2).astype(statistics),
-            "sinks": rng.normal(size=2).astype(statistics),
-            "causal": bool(seed % 2),
-        }
-        lse_expected = made.with_keywords(**keywords).run()
-        grad = rng.normal(size=sizes.output).astype(lse_expected[0].dtype)
-        names = ("query", "key", "value", "mask", "sinks", "alibi_slopes")
-        expected = umfa.attention_backward(grad, *made.arguments, *lse_expected, **keywords, gradients=names)
-        for at_end in (True, False):
-            operands = [guarded_operand(operand, at_end) for operand in made.arguments]
-            words = {name: guarded(value, at_end) if isinstance(value, np.ndarray) else value for name, value in keywords.items()}
-            out = guarded(np.zeros_like(lse_expected[0]), at_end)
-            _, lse = umfa.attention(*operands, **words, out=out, return_lse=True)
-            assert out.tobytes() == lse_expected[0].tobytes()
-            got = umfa.attention_backward(guarded(grad, at_end), *operands, out, guarded(lse, at_end), **words, gradients=names)
-            assert [one.tobytes() for one in got] == [one.tobytes() for one in expected]
-            if dtype in DTYPES:
-                for scheme in ("int8", "int4"):
-                    codes = [umfa.quantize(operand, scheme, "token").data for operand in (operands[0], made.arguments[0])]
-                    assert codes[0].tobytes() == codes[1].tobytes()
-                    umfa.attention(*operands, quantize=scheme)
-            else:
-                assert operands[0].dequantize().tobytes() == made.arguments[0].dequantize().tobytes()
-            count += 1
-    print(count)
-"""
-
-UNREADABLE = """
-    # What lies past kv_lengths is never read: here it cannot be.
-    for dtype in DTYPES:
-        rng = np.random.default_rng(0)
-        columns, length = 3 * PAGE // 16, PAGE // 16
-        sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=5, columns=length, channels=8, value_channels=8)
-        made = problem(rng, sizes, dtypes=(dtype,) * 3)
-        views = []
-        for operand in made.arguments[1:]:
-            short = guarded(operand, True)
-            views.append(np.lib.stride_tricks.as_strided(short, (1, 1, columns, 8), short.strides, writeable=False))
-        expected = umfa.attention(*made.arguments, return_lse=True)
-        got = umfa.attention(made.arguments[0], *views, kv_lengths=[length], return_lse=True)
-        assert [one.tobytes() for one in got] == [one.tobytes() for one in expected]
-        if dtype != "float64":
-            umfa.attention(made.arguments[0], *views, kv_lengths=[length], quantize="int8")
-        grad = np.ones_like(expected[0])
-        umfa.attention_backward(grad, made.arguments[0], *views, *expected, kv_lengths=[length])
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect()")
-@pytest.mark.parametrize("instruction_set", ["", "baseline", "avx2"])
-def test_attention__memory_between_pages_that_nobody_may_touch__is_not_left(instruction_set, monkeypatch):
-    monkeypatch.setenv("MFA_KERNELS", instruction_set)
-    try:
-        umfa.MFAContext(device="cpu").close()
-    except umfa.DeviceUnavailableError:
-        pytest.skip(f"this processor has no {instruction_set}")
-    assert int(run_alone(GUARDED, MFA_KERNELS=instruction_set)) == 60
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="pages are protected by mprotect()")
-def test_attention__keys_past_the_lengths_that_cannot_be_read__are_not_read():
-    preparation = GUARDED[: GUARDED.index("    count = 0")]
-    run_alone(preparation + UNREADABLE)
-    # One token more does crash: the pages are what they should be.
-    with pytest.raises(AssertionError, match="Segmentation fault|Bus error"):
-        run_alone(preparation + UNREADABLE.replace("kv_lengths=[length], return_lse", "kv_lengths=[length + 1], return_lse"))

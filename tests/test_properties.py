@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import mmap
 
 import numpy as np
 import pytest
@@ -246,21 +245,6 @@ def test_attention__strided__gives_the_bits_of_contiguous(made, styles, seed):
             strided.append(place(np.ascontiguousarray(argument), style, rng))
     expected = umfa.attention(*contiguous, **made.keywords, return_lse=True)
     assert bits(*umfa.attention(*strided, **made.keywords, return_lse=True)) == bits(*expected)
-
-
-@pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
-def test_attention__tokens_beyond_32_bits__give_the_bits_of_neighbours(dtype, rows, rng):
-    """Indices of elements are of 64 bits. Of the memory between the two tokens there is none but addresses."""
-    apart, channels = 2**31 + 64, 16
-    size = np.dtype(dtype).itemsize
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-    numbers = np.frombuffer(mmap.mmap(-1, (apart + channels) * size, flags=flags), dtype)
-    far = np.lib.stride_tricks.as_strided(numbers, (1, 1, 2, channels), (0, 0, apart * size, size), writeable=True)
-    far[...] = rng.integers(-9, 10, far.shape)
-    query = rng.integers(-9, 10, (1, 1, rows, channels)).astype(dtype)
-    near = far.copy()
-    assert umfa.attention(query, far, far, scale=0.01).tobytes() == umfa.attention(query, near, near, scale=0.01).tobytes()
 
 
 @pytest.mark.parametrize("option", OPTIONS)

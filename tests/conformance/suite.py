@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -190,15 +191,34 @@ def run(language: str, backend: str, threads: int = 2, again: int = 0) -> dict[s
     runner = [*command(language), BACKENDS[backend].device, str(threads)]
     if language == "Python" and threads == 2:
         runner += ["--values", str(values_folder(backend))]
+    return _ask(f"{language}'s runner on {backend}", runner, BACKENDS[backend].environment())[0]
+
+
+def _ask(name: str, runner: list[str], environment: dict[str, str]) -> tuple[dict[str, Answer], str]:
+    """What a runner answers to every case, and what it says on standard error."""
     text = "".join(json.dumps(case) + "\n" for case in cases())
-    done = subprocess.run(
-        runner, input=text, capture_output=True, text=True, env=BACKENDS[backend].environment(), timeout=SECONDS, check=False
-    )
+    done = subprocess.run(runner, input=text, capture_output=True, text=True, env=environment, timeout=SECONDS, check=False)
     if done.returncode:
-        raise AssertionError(f"{language}'s runner on {backend} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise AssertionError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer["id"] for answer in answers] == [case["id"] for case in cases()], f"{language} did not answer every case"
-    return {answer["id"]: answer for answer in answers}
+    assert [answer["id"] for answer in answers] == [case["id"] for case in cases()], f"{name} did not answer every case"
+    return {answer["id"]: answer for answer in answers}, done.stderr
+
+
+def run_divided(backend: str) -> tuple[dict[str, Answer], int]:
+    """What C's runner answers if each sequence of a batch is computed in a call of its own, and how many calls were so divided."""
+    if sys.platform != "linux":
+        raise UnavailableError("alone.c finds libmfa as Linux does")
+    runner = [*command("C"), BACKENDS[backend].device, "2"]
+    library = SCRATCH / "alone.so"
+    clang = shutil.which("clang") or "cc"
+    flags = ["-std=gnu17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", str(ROOT / "include")]
+    subprocess.run([clang, *flags, str(HERE / "alone.c"), "-o", str(library)], check=True)
+    environment = {**BACKENDS[backend].environment(), "LD_PRELOAD": str(library)}
+    answers, said = _ask(f"C's runner on {backend}, batches divided", runner, environment)
+    found = re.search(r"alone: (\d+) calls divided", said)
+    assert found, said
+    return answers, int(found[1])
 
 
 @functools.cache

@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 /* ---- Tensors ------------------------------------------------------------------------------------------------------------------------- */
 
@@ -34,11 +35,20 @@ size_t bytes_of_elements(cpu_precision precision, int64_t elements) {
     }
 }
 
+/* Memory for an input. It ends at a page that nobody may touch, in every other problem it begins right after one, so that a kernel that reads
+ * on is stopped. */
 static void* take(problem* made, size_t bytes) {
-    void* piece = malloc(bytes > 0 ? bytes : 1);
-    if (piece == NULL || made->piece_count == MOST_PIECES) abort();
-    made->pieces[made->piece_count++] = piece;
-    return piece;
+    enum { PAGE = 1 << 16 }; /* no processor here has larger ones */
+    if (made->piece_count == MOST_PIECES) abort();
+    const size_t room = (bytes + PAGE - 1) / PAGE * PAGE, mapped = room + 2 * PAGE;
+    char* memory = mmap(NULL, mapped, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    const bool pages = memory != MAP_FAILED;
+    if (!pages) memory = malloc(bytes > 0 ? bytes : 1); /* a PC without an operating system */
+    if (memory == NULL || (pages && room > 0 && mprotect(memory + PAGE, room, PROT_READ | PROT_WRITE) != 0)) abort();
+    made->pieces[made->piece_count].memory = memory;
+    made->pieces[made->piece_count++].mapped = pages ? mapped : 0;
+    if (!pages) return memory;
+    return memory + PAGE + (made->number % 2 ? 0 : room - bytes);
 }
 
 /* Gives a tensor one of the layouts: by heads, by tokens, transposed, or with gaps between its rows. */
@@ -419,7 +429,13 @@ problem* make_problem(int64_t number, int64_t work) {
 }
 
 void free_problem(problem* made) {
-    for (int n = 0; n < made->piece_count; n++) free(made->pieces[n]);
+    for (int n = 0; n < made->piece_count; n++) {
+        if (made->pieces[n].mapped == 0) {
+            free(made->pieces[n].memory);
+        } else {
+            munmap(made->pieces[n].memory, made->pieces[n].mapped);
+        }
+    }
     free(made);
 }
 

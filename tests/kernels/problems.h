@@ -21,7 +21,11 @@ typedef struct {
     bool with_output;         /* backward is given the forward result */
     const char* special;      /* what is not finite or not ordinary among the inputs */
 
-    void* pieces[MOST_PIECES]; /* memory of the inputs */
+    /* Memory of the inputs, `mapped` bytes between and with pages that nobody may touch; 0: from malloc(), where there are no pages. */
+    struct {
+        void* memory;
+        size_t mapped;
+    } pieces[MOST_PIECES];
     int piece_count;
 } problem;
 
