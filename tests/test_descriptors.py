@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -228,30 +227,6 @@ def test_mfa_handles__of_what_was_destroyed__do_not_stand_for_what_came_after(ki
         assert lib.mfa_buffer_contents(old) == NULL
         assert lib.mfa_buffer_size(old) == 0
     assert [destroy(other) for other in others] == [SUCCESS] * len(others)
-
-
-def test_mfa_attention__one_context_in_several_threads__gives_the_bits_of_one():
-    """Threads of C have nothing but the context's own lock between them: Python's package has one of its own."""
-    flats = [Flat(np.random.default_rng(index), sizes=(1, 150 + 10 * index, 200, 2, 64)) for index in range(4)]
-    with Context(1) as alone, Context(1) as shared:
-        expected = []
-        for flat in flats:
-            assert flat.forward_quantized(alone) == SUCCESS
-            expected.append(flat.output.tobytes())
-        wrong = []
-
-        def work(flat, wanted):
-            for _ in range(50):
-                flat.output.fill(7)
-                if flat.forward_quantized(shared) != SUCCESS or flat.output.tobytes() != wanted:
-                    wrong.append(flat.sizes)
-
-        threads = [threading.Thread(target=work, args=each) for each in zip(flats, expected)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert not wrong
 
 
 def test_mfa_attention__sizes_whose_product_overflows_without_memory__return_3(context):
