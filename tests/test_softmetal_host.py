@@ -613,6 +613,17 @@ def test_encode_forward__memory_that_is_in_no_buffer__returns_5_and_names_it(con
     assert outside.size
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "output", "mask", "logsumexp", "alibi_slopes", "sinks"])
+def test_encode_forward__memory_that_ends_behind_its_buffer__returns_5_and_names_it(name, context, arrays, commands):
+    call = Call(problem_with("all", sizes=SMALL), arrays)
+    holder, field = (call.pointer, name) if name in ("logsumexp", "alibi_slopes", "sinks") else (getattr(call.pointer, name), "data")
+    setattr(holder, field, native.ffi.cast("char *", getattr(holder, field)) + 4)
+    assert lib.mfa_attention_encode_forward(context, handle_of(commands), call.pointer) == INVALID_ARGUMENT
+    assert f"`{name}` must lie in a buffer of the device" in message(context)
+    assert call.untouched()
+    run(commands)
+
+
 def test_encode_forward__a_wrong_command_buffer__returns_5(context, arrays, queue):
     call = Call(problem(np.random.default_rng(0), SMALL), arrays)
     device = sm.sm_device_create(b"another GPU", 1009)
