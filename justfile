@@ -69,6 +69,10 @@ assurance *arguments: build
 fuzz *arguments:
     @python tools/fuzz.py "$@"
 
+# Plant errors, one at a time, and see which test catches each: ./justw mutate [NAME ...] [--missing] [--list] [--jobs N]
+mutate *arguments: build extras
+    @python tools/mutate.py "$@"
+
 # Check formats, lints, types and the record of the binary interface
 check: build
     ruff format --check --quiet

@@ -26,6 +26,7 @@
  *   Handles      mfa_context_t* and mfa_buffer_t* are tokens, never addresses. A destroyed, foreign or invented handle is recognised.
  *   Threads      A context serves one call at a time (a second thread waits for the first); different contexts are independent. fork() is
  *                survived: a CPU context works in the child, a Metal context answers MFA_ERROR_DEVICE_UNAVAILABLE there.
+ *   Environment  How the calling thread rounds, flushes denormals or traps changes no result, and is as it was after the call.
  *   Growth       A descriptor begins with struct_size, which the caller sets to its sizeof. A longer descriptor than the library knows is
  *                accepted if the unknown rest is zero, else MFA_ERROR_UNSUPPORTED. Reserved fields must be 0.
  *   Flags        in descriptors are int32_t, 0 or 1; any other value is MFA_ERROR_INVALID_ARGUMENT.

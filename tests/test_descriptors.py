@@ -203,3 +203,36 @@ def test_mfa_attention_initialize__older_and_newer_sizes__fill_what_there_is():
     assert attention.dropout_p == 0
     assert lib.mfa_attention_initialize(attention, size - 1) != SUCCESS
     assert lib.mfa_attention_initialize(attention, 0) != SUCCESS
+
+
+@pytest.mark.parametrize("kind", ["context", "buffer"])
+def test_mfa_handles__of_what_was_destroyed__do_not_stand_for_what_came_after(kind, context):
+    """A place in the table of handles is used again, and an old handle must not find what is there now."""
+
+    def make():
+        if kind == "context":
+            return Context(1).handle
+        handle = ffi.new("mfa_buffer_t **")
+        assert lib.mfa_create_buffer(context, 64, handle) == SUCCESS
+        return handle[0]
+
+    destroy, refused = {"context": (lib.mfa_destroy_context, 1), "buffer": (lib.mfa_destroy_buffer, 5)}[kind]
+    old = make()
+    assert destroy(old) == SUCCESS
+    others = [make() for _ in range(8)]  # one of them in the old one's place, whatever was free before
+    assert destroy(old) == refused
+    if kind == "context":
+        assert lib.mfa_create_buffer(old, 64, ffi.new("mfa_buffer_t **")) == refused
+    else:
+        assert lib.mfa_buffer_contents(old) == NULL
+        assert lib.mfa_buffer_size(old) == 0
+    assert [destroy(other) for other in others] == [SUCCESS] * len(others)
+
+
+def test_mfa_attention__sizes_whose_product_overflows_without_memory__return_3(context):
+    """Broadcast by strides of 0, tensors of 2^93 elements reach nowhere: only their sizes are too large."""
+    number = np.zeros(1, np.float32)
+    large = native.tensor(number, shape=(2**31 - 1, 2**31 - 1, 2**31 - 1, 1), strides=(0, 0, 0, 0))
+    attention = native.attention(large, large, large)
+    assert lib.mfa_attention_kernel_name(context, attention.pointer, 1, ffi.new("char **")) == native.INVALID_DIMENSIONS
+    assert "the product of its sizes overflows" in message(context)

@@ -72,6 +72,13 @@ def test_attention__lengths_around_tiles__equal_the_reference(rows, columns):
     check(problem(np.random.default_rng(4), Sizes(batch=1, rows=rows, columns=columns), causal="lower_right"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention__first_tiles_that_are_excluded__leave_no_trace(dtype):
+    """Until a row attends something, its largest score is -inf."""
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=70, columns=300, channels=17, value_channels=9)
+    check(problem(np.random.default_rng(0), sizes, dtypes=(dtype,) * 3, window=(5, 0), query_offset=200))
+
+
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("dtype", [*DTYPES, *CODES])
@@ -134,23 +141,29 @@ def test_attention__out_of_any_float_type__is_the_result_rounded_once(dtype, out
     assert_within(out, made.bounds.at.output, bound)
 
 
-def one_key(value, out_dtype):
-    """Attention to a single key, whose weight is exactly 1: the output is the value."""
-    query, key = np.zeros((1, 1, 1, 4), np.float32), np.zeros((value.shape[0], 1, 1, 4), np.float32)
-    out = np.empty(value.shape, out_dtype)
-    return umfa.attention(np.broadcast_to(query, key.shape), key, value, out=out)
+# Few query rows have kernels of their own.
+SINGLE_AND_SEVERAL = pytest.mark.parametrize("rows", [1, 5])
 
 
+def one_key(value, out_dtype, rows):
+    """Attention of some rows to a single key, whose weight is exactly 1: the output is the value."""
+    query, key = np.zeros((value.shape[0], 1, rows, 4), np.float32), np.zeros((value.shape[0], 1, 1, 4), np.float32)
+    out = umfa.attention(query, key, value, out=np.empty((*value.shape[:2], rows, value.shape[3]), out_dtype))
+    assert all(out[:, :, row].tobytes() == out[:, :, 0].tobytes() for row in range(rows))
+    return out[:, :, :1]
+
+
+@SINGLE_AND_SEVERAL
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_attention__every_number_of_16_bits__is_read_and_written_exactly(dtype):
+def test_attention__every_number_of_16_bits__is_read_and_written_exactly(dtype, rows):
     numbers = np.arange(2**16, dtype=np.uint16).view(DTYPES[dtype]).reshape(1024, 1, 1, 64)
     with np.errstate(all="ignore"):
         real = numbers.astype(np.float64)
         # What lies below float32's smallest normal number, in bfloat16, may be flushed.
         served = np.isfinite(real) & (np.abs(real) >= np.finfo(np.float32).tiny)
     numbers = np.where(served, numbers, DTYPES[dtype](0))
-    assert (one_key(numbers, np.float64) == numbers.astype(np.float64)).all()
-    assert (one_key(numbers, DTYPES[dtype]) == numbers).all()
+    assert (one_key(numbers, np.float64, rows) == numbers.astype(np.float64)).all()
+    assert (one_key(numbers, DTYPES[dtype], rows) == numbers).all()
 
 
 def rounded(numbers, dtype):
@@ -161,9 +174,10 @@ def rounded(numbers, dtype):
     return numbers.astype(DTYPES[dtype])
 
 
+@SINGLE_AND_SEVERAL
 @pytest.mark.parametrize("source", ["float32", "float64"])
 @pytest.mark.parametrize("target", ["float32", "float16", "bfloat16"])
-def test_attention__output_between_two_numbers__is_rounded_to_nearest_even(source, target, rng):
+def test_attention__output_between_two_numbers__is_rounded_to_nearest_even(source, target, rows, rng):
     """Halfway cases of all exponents, and their neighbours, beside random numbers."""
     with np.errstate(all="ignore"):
         exact = np.arange(2**16, dtype=np.uint16).view(DTYPES["bfloat16" if target == "bfloat16" else "float16"]).astype(np.float64)
@@ -178,7 +192,7 @@ def test_attention__output_between_two_numbers__is_rounded_to_nearest_even(sourc
         numbers = numbers[np.isfinite(numbers) & (np.abs(numbers) >= np.finfo(np.float32).tiny)]
         numbers = np.resize(numbers, (numbers.size // 64, 1, 1, 64))
         expected = rounded(numbers.astype(np.float64), target)
-    got = one_key(numbers, DTYPES[target])
+    got = one_key(numbers, DTYPES[target], rows)
     wrong = got != expected
     assert not wrong.any(), (numbers[wrong][0], got[wrong][0], expected[wrong][0])
 

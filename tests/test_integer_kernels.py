@@ -182,11 +182,12 @@ def test_attention__codes_at_any_strides__give_the_bits_of_contiguous_ones(style
     assert [each.tobytes() for each in strided] == [each.tobytes() for each in plain]
 
 
+@pytest.mark.parametrize("zero_point", [-120, 120, 1000])
 @pytest.mark.parametrize("place", range(3))
-def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_kernel(place, contexts, rng):
+def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_kernel(place, zero_point, contexts, rng):
     made = integer_problem(rng, dtypes=("int4",) * 3, asymmetric=True)
     argument = made.arguments[place]
-    argument.zero_points[...] += 1000
+    argument.zero_points[...] = zero_point
     results = [made.run(context=contexts[which]) for which in (2, "reference")]
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 

@@ -333,3 +333,12 @@ def test_missing_axes__are_batch_and_heads(shape, layout):
         (shape[0], *((shape[1], shape[2]) if layout == "bhsd" else (shape[2], shape[1]))) if len(shape) == 4 else (2, 1, 5)
     )
     assert lse.shape == {4: (batch, heads, tokens), 3: (2, 5), 2: (5,)}[len(shape)]
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch"])
+def test_random_seed__any_of_its_64_bits__can_be_set(name):
+    if name == "torch":
+        pytest.importorskip("torch").manual_seed(0)
+    drawn = [umfa.arrays.framework_named(name).random_seed() for _ in range(100)]
+    assert np.bitwise_or.reduce(np.array(drawn, np.uint64)) == np.uint64(2**64 - 1)
+    assert np.bitwise_and.reduce(np.array(drawn, np.uint64)) == 0

@@ -41,13 +41,13 @@ CHECKED_KERNEL_COUNTERS = [
     *("-Xcc", "-fno-sanitize=null,pointer-overflow,alignment,object-size", "-Xcc", "-O1", "-Xcc", "-g1"),
 ]
 
-# SwiftPM's `--sanitize`, what it is told beside, and the runtime. Undefined behaviour is one of C: Swift traps by itself.
+# What SwiftPM is told, and the runtime. Undefined behaviour is C's alone, since Swift traps by itself.
 SANITIZERS = {
-    "address": ("address", ["-Xcc", "-fno-omit-frame-pointer"], "asan"),
-    "thread": ("thread", [], "tsan"),
-    "undefined": ("undefined", ["-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
-    "fuzzing": ("address", [*CHECKED_KERNEL_COUNTERS, *SWIFT_COUNTERS], "asan"),
-    "counters": ("", ["-Xswiftc", "-Xfrontend", "-Xswiftc", "-sanitize=fuzzer", *KERNEL_COUNTERS, *SWIFT_COUNTERS], ""),
+    "address": (["--sanitize", "address", "-Xcc", "-fno-omit-frame-pointer"], "asan"),
+    "thread": (["--sanitize", "thread"], "tsan"),
+    "undefined": (["-Xcc", "-fsanitize=undefined", "-Xcc", "-fno-sanitize-recover=undefined"], "ubsan_standalone"),
+    "fuzzing": (["--sanitize", "address", *CHECKED_KERNEL_COUNTERS, *SWIFT_COUNTERS], "asan"),
+    "counters": (["-Xswiftc", "-Xfrontend", "-Xswiftc", "-sanitize=fuzzer", *KERNEL_COUNTERS, *SWIFT_COUNTERS], ""),
 }
 
 
@@ -136,8 +136,7 @@ def build_library(configuration: str = "release", scratch_path: str | Path | Non
     command = [find_swift(), "build", "--package-path", str(ROOT), "--scratch-path", str(scratch), "--configuration", configuration]
     command += ["--product", "mfa", *KERNEL_FLAGS, *linker_flags(configuration, sanitizer)]
     if sanitizer:
-        name, flags, _ = SANITIZERS[sanitizer]
-        command += [*(["--sanitize", name] if name else []), *flags]
+        command += SANITIZERS[sanitizer][0]
     # SwiftPM tells of its progress on standard output, which belongs to this program's answer.
     if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=sys.stderr).returncode != 0:
         raise BuildError("`swift build` failed; the messages above say why")

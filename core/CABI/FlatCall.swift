@@ -36,6 +36,9 @@ struct FlatOperand {
         } else {
             deferred.noteCode("`\(name)_precision` must be one of MFA_PRECISION_* (got \(code))")
         }
+        if precision == .bool {
+            deferred.noteCode("`\(name)_precision` must be of a float type, INT8 or INT4 (got bool)")
+        }
         if precision == .fp64 {
             deferred.noteUnsupported("`\(name)_precision`: FP64 is served by mfa_attention_run_forward only")
             precision = .fp32

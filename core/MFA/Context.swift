@@ -32,10 +32,15 @@ public final class Context: @unchecked Sendable {
         support_lock_destroy(lock)
     }
 
-    /// Runs `body` while no other call is in this context. The session must not outlive it.
+    /// Runs `body` while no other call is in this context, in a floating-point environment that does not depend on the caller's: so no result
+    /// does. The session must not outlive it.
     package func exclusively<Result, Failure>(_ body: (Session) throws(Failure) -> Result) throws(Failure) -> Result {
         let isWhole = support_lock_acquire(lock)
-        defer { support_lock_release(lock) }
+        let environment = support_environment_enter()
+        defer {
+            support_environment_leave(environment)
+            support_lock_release(lock)
+        }
         if !isWhole { backend.abandonWorkspace() }
         return try body(Session(backend: backend, isWhole: isWhole))
     }

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MADE = ROOT / ".build" / "assurance"
+MADE = Path(os.environ.get("MFA_ASSURANCE_FIGURES", ROOT / ".build" / "assurance"))
 RECORDS = Path(__file__).parent / "records"
 
 # MFA_ASSURANCE=full makes the suites as large as docs/assurance.md says; else they are as small as every test run can bear.

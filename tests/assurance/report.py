@@ -34,7 +34,19 @@ def tables() -> list[str]:
         lines += [f"### {suite.capitalize()}", ""]
         lines += [f"{run['date']}, {run['machine']}, {run['processor']}, {run['instruction set']}; {run['size']} size.", ""]
         lines += ["| | |", "| --- | --: |", *(f"| {name} | {number(figure)} |" for name, figure in run["figures"].items()), ""]
+        lines += planted_errors(run.get("errors", {}))
     return lines
+
+
+def planted_errors(errors: dict[str, dict[str, Any]]) -> list[str]:
+    """A table of the errors that tools/mutate.py planted, and who caught each; parameters of a test are left out."""
+    rows = []
+    for found in errors.values():
+        by = str(found["caught_by"] or "nobody")
+        if by.startswith("tests/"):
+            by = f"`{by.partition('[')[0].removeprefix('tests/')}`"
+        rows.append(f"| {found['part']} | {found['error']} | {by} |")
+    return ["| part | error | caught by |", "| --- | --- | --- |", *rows, ""] if rows else []
 
 
 def main() -> int:

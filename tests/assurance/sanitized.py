@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import build_library
+import figures
 
 # Python never frees much of what it holds at exit, so leaks are counted by suites of their own.
 OPTIONS = {
@@ -30,7 +33,18 @@ def environment(sanitizer: str) -> dict[str, str]:
         library = build_library.build_library(sanitizer=sanitizer)
     except build_library.BuildError as error:
         pytest.skip(str(error))
-    return {**os.environ, **OPTIONS[sanitizer], "LD_PRELOAD": str(runtime), "MFA_LIBRARY": str(library)}
+    own = {"LD_PRELOAD": str(runtime), "MFA_LIBRARY": str(library), "MFA_ASSURANCE_FIGURES": str(folder(sanitizer))}
+    return {**os.environ, **OPTIONS[sanitizer], **own}
+
+
+def folder(sanitizer: str) -> Path:
+    """Where suites in such a process leave their figures."""
+    return figures.MADE / sanitizer
+
+
+def figures_of(sanitizer: str, suite: str) -> dict[str, Any]:
+    """What a suite counted in the last such process."""
+    return dict(json.loads((folder(sanitizer) / f"{suite}.json").read_text())["figures"])
 
 
 def python(sanitizer: str, *arguments: str | Path, timeout: float = 1200) -> subprocess.CompletedProcess[str]:

@@ -1,5 +1,6 @@
 // The objects of the framework: devices, queues, command buffers and buffers.
 
+#include <fenv.h>
 #include <pthread.h>
 #include <time.h>
 #include <unistd.h>
@@ -43,6 +44,28 @@ Registry& registry() {
 bool fails(const char* what) {
     const char* fault = getenv("SOFTMETAL_FAULT");
     return fault && !strcmp(fault, what);
+}
+
+// What a test asked for by sm_fail_memory().
+struct MemoryFault {
+    std::mutex lock;
+    int64_t granted = -1;
+    bool forever = false;
+    uint64_t requests = 0;
+};
+
+bool memory_fails() {
+    MemoryFault& fault = immortal<MemoryFault>();
+    std::lock_guard<std::mutex> guard(fault.lock);
+    fault.requests++;
+    if (fails("memory")) return true;
+    if (fault.granted < 0) return false;
+    if (fault.granted > 0) {
+        fault.granted--;
+        return false;
+    }
+    if (!fault.forever) fault.granted = -1;
+    return true;
 }
 
 double now() {
@@ -244,6 +267,7 @@ struct sm_command_buffer : sm_object {
 };
 
 void sm_command_queue::run() {
+    fesetenv(FE_DFL_ENV); // A GPU knows nothing of how the thread that committed the work computes.
     for (;;) {
         sm_command_buffer* next;
         {
@@ -308,6 +332,24 @@ void sm_release(void* object) {
     destroy(static_cast<sm_object*>(object));
 }
 
+uint64_t sm_live_count(int32_t kind) {
+    Registry& known = registry();
+    std::lock_guard<std::mutex> guard(known.lock);
+    uint64_t count = 0;
+    for (const auto& [object, its_kind] : known.kinds) count += its_kind == kind;
+    return count;
+}
+
+uint64_t sm_fail_memory(int64_t granted, int32_t forever) {
+    MemoryFault& fault = immortal<MemoryFault>();
+    std::lock_guard<std::mutex> guard(fault.lock);
+    const uint64_t requests = fault.requests;
+    fault.granted = granted;
+    fault.forever = forever != 0;
+    fault.requests = 0;
+    return requests;
+}
+
 void sm_set_class(int32_t kind, void* class_pointer) {
     if (kind <= SM_KIND_NONE || kind > SM_KIND_BUFFER) return;
     Registry& known = registry();
@@ -340,7 +382,7 @@ sm_command_queue* sm_device_new_command_queue(sm_device* device) {
 
 sm_buffer* sm_device_new_buffer(sm_device* device, uint64_t length) {
     void* memory = nullptr;
-    if (length == 0 || fails("memory") || posix_memalign(&memory, static_cast<size_t>(sysconf(_SC_PAGESIZE)), length)) return nullptr;
+    if (length == 0 || memory_fails() || posix_memalign(&memory, static_cast<size_t>(sysconf(_SC_PAGESIZE)), length)) return nullptr;
     memset(memory, 0, length);
     return enter(new sm_buffer(device, memory, length, [](void*, void* memory, uint64_t) { free(memory); }, nullptr));
 }
@@ -348,7 +390,7 @@ sm_buffer* sm_device_new_buffer(sm_device* device, uint64_t length) {
 sm_buffer* sm_device_new_buffer_no_copy(sm_device* device, void* memory, uint64_t length,
                                         void (*deallocate)(void* state, void* memory, uint64_t length), void* state) {
     const uint64_t page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-    if (length == 0 || length % page || reinterpret_cast<uint64_t>(memory) % page) return nullptr;
+    if (length == 0 || length % page || reinterpret_cast<uint64_t>(memory) % page || memory_fails()) return nullptr;
     return enter(new sm_buffer(device, memory, length, deallocate, state));
 }
 
@@ -380,6 +422,7 @@ sm_device* sm_command_queue_device(const sm_command_queue* queue) {
 }
 
 sm_command_buffer* sm_command_queue_new_command_buffer(sm_command_queue* queue, int32_t retains_references) {
+    if (memory_fails()) return nullptr;
     return enter(new sm_command_buffer(queue, retains_references != 0));
 }
 

@@ -1,9 +1,11 @@
-/* The few things that the Swift core needs from C: locks that survive fork(), and one message a thread. */
+/* The few things that the Swift core needs from C: locks that survive fork(), a message for each thread, the floating-point environment. */
 #ifndef MFA_SUPPORT_H
 #define MFA_SUPPORT_H
 
+#include <fenv.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 /* ---- The registry's lock: one a process, held across fork(), so that what it guards is whole in the child ------------------------------
  * */
@@ -35,6 +37,20 @@ void support_message_copy(char* _Nonnull message, const char* _Nonnull text, siz
 
 /* This thread's message: SUPPORT_MESSAGE_BYTES, "" at first. */
 char* _Nonnull support_thread_message(void);
+
+/* ---- Floating point ---------------------------------------------------------------------------------------------------------------------
+ * */
+
+/* How a thread computes with floats: rounding, treatment of denormals, which exceptions trap, and which have been raised. */
+#if defined(__x86_64__)
+typedef uint32_t support_environment; /* MXCSR: nothing here uses the x87 unit, which is slow to save */
+#else
+typedef fenv_t support_environment;
+#endif
+
+/* Makes this thread compute as programs do that have set nothing, and gives what it had set. */
+support_environment support_environment_enter(void);
+void support_environment_leave(support_environment environment);
 
 /* ---- Processes --------------------------------------------------------------------------------------------------------------------------
  * */

@@ -28,16 +28,17 @@ class _Wrapped:
 
     def __init__(self, function: str, argument: str, context: MFAContext, storage: Any) -> None:
         created = ffi.new("mfa_buffer_t **")
+        # There before the buffer is, which an interrupt may follow at once.
+        weakref.finalize(self, _destroy, created, os.getpid()).atexit = False
         context.call(f"{function}: {argument}", lib.mfa_create_buffer_from_metal, ffi.cast("void *", storage.data_ptr()), created)
         self.storage = storage
         self.size = int(lib.mfa_buffer_size(created[0]))
         self.address = int(ffi.cast("uintptr_t", lib.mfa_buffer_contents(created[0])))
-        weakref.finalize(self, _destroy, created[0], os.getpid()).atexit = False
 
 
-def _destroy(handle: Any, process: int) -> None:
-    if os.getpid() == process:  # what a forked child drops is its parent's
-        lib.mfa_destroy_buffer(handle)
+def _destroy(created: Any, process: int) -> None:
+    if created[0] and os.getpid() == process:  # what a forked child drops is its parent's
+        lib.mfa_destroy_buffer(created[0])
 
 
 class MpsTensors:

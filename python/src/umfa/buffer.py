@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -20,24 +21,30 @@ __all__ = ["MFABuffer"]
 _LARGEST_SIZE = 2**63 - 1
 
 
-def _destroy(handle: Any, process: int, destroy: Any = lib.mfa_destroy_buffer, current_process: Any = os.getpid) -> None:
+def _destroy(created: Any, process: int, destroy: Any = lib.mfa_destroy_buffer, current_process: Any = os.getpid) -> None:
     # What a forked child drops by itself is its parent's.
-    if current_process() == process:
-        destroy(handle)
+    if created[0] and current_process() == process:
+        destroy(created[0])
 
 
 class _Memory:
-    """A buffer of the library's. NumPy views hold it, so that closing an `MFABuffer` never takes memory from under them."""
+    """A buffer of the library's. NumPy views hold it, so that closing an `MFABuffer` never takes memory from under them.
+
+    `create` writes its handle to the address that it gets.
+    """
 
     __slots__ = ("__weakref__", "address", "handle", "keepalive", "size", "writable")
 
-    def __init__(self, handle: Any, writable: bool, keepalive: Any) -> None:
-        self.handle = handle
+    def __init__(self, create: Callable[[Any], None], writable: bool, keepalive: Any) -> None:
+        created = ffi.new("mfa_buffer_t **")
+        # There before the buffer is, which an interrupt may follow at once.
+        weakref.finalize(self, _destroy, created, os.getpid()).atexit = False
+        create(created)
+        self.handle = created[0]
         self.writable = writable
         self.keepalive = keepalive
-        self.size = int(lib.mfa_buffer_size(handle))
-        self.address = int(ffi.cast("uintptr_t", lib.mfa_buffer_contents(handle)))
-        weakref.finalize(self, _destroy, handle, os.getpid()).atexit = False
+        self.size = int(lib.mfa_buffer_size(self.handle))
+        self.address = int(ffi.cast("uintptr_t", lib.mfa_buffer_contents(self.handle)))
 
     @property
     def __array_interface__(self) -> dict[str, Any]:
@@ -81,9 +88,8 @@ class MFABuffer:
         function = "umfa.MFABuffer"
         self._memory = None
         size = integer(function, "size", size, 0, _LARGEST_SIZE, InvalidDimensionsError)
-        created = ffi.new("mfa_buffer_t **")
-        context_for(function, context).call(function, lib.mfa_create_buffer, size, created)
-        self._memory = _Memory(created[0], True, None)
+        own = context_for(function, context)
+        self._memory = _Memory(lambda created: own.call(function, lib.mfa_create_buffer, size, created), True, None)
 
     @classmethod
     def from_array(cls, array: Any, context: MFAContext | None = None) -> MFABuffer:
@@ -115,11 +121,11 @@ class MFABuffer:
                     f"{function}: array: expected a contiguous array, got shape {view.shape} with strides {view.strides}"
                 )
             count *= size
-        created = ffi.new("mfa_buffer_t **")
-        size = count * ITEM_SIZES[view.precision]
-        context_for(function, context).call(function, lib.mfa_create_buffer_from_memory, view.pointer, size, created)
+        own, size = context_for(function, context), count * ITEM_SIZES[view.precision]
         buffer = cls.__new__(cls)
-        buffer._memory = _Memory(created[0], view.writable, view)
+        buffer._memory = _Memory(
+            lambda created: own.call(function, lib.mfa_create_buffer_from_memory, view.pointer, size, created), view.writable, view
+        )
         return buffer
 
     @property

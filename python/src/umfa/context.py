@@ -18,10 +18,10 @@ _DEVICES = {name: ffi.integer_const(f"MFA_DEVICE_{name.upper()}") for name in ("
 _MAXIMUM_THREADS = 256
 
 
-def _destroy(handle: Any, process: int, destroy: Any = lib.mfa_destroy_context, current_process: Any = os.getpid) -> None:
+def _destroy(created: Any, process: int, destroy: Any = lib.mfa_destroy_context, current_process: Any = os.getpid) -> None:
     # A context that a forked child drops by itself is its parent's: a thread that does not exist in the child may have been inside.
-    if current_process() == process:
-        destroy(handle)
+    if created[0] and current_process() == process:
+        destroy(created[0])
 
 
 class MFAContext:
@@ -65,21 +65,23 @@ class MFAContext:
         options.device = _DEVICES[choice(function, "device", device, _DEVICES)]
         options.num_threads = 0 if num_threads is None else integer(function, "num_threads", num_threads, 1, _MAXIMUM_THREADS)
         created = ffi.new("mfa_context_t **")
+        # There before the context is, which an interrupt may follow at once.
+        self._finalizer = weakref.finalize(self, _destroy, created, os.getpid())
+        self._finalizer.atexit = False  # the process's end frees all, and a daemon thread may still be inside
         status = lib.mfa_create_context_with_options(options, created)
         if status:
             raise error_of_call(function, status, NULL)
         self._handle = created[0]
-        self._finalizer = weakref.finalize(self, _destroy, created[0], os.getpid())
-        self._finalizer.atexit = False  # the process's end frees all, and a daemon thread may still be inside
         _contexts.add(self)
 
     def close(self) -> None:
         """Destroy the context; waits for a call that another thread has in it. Closing twice is harmless."""
         with self._lock:
             if self._handle:
+                # An interrupt in between leaves a handle that is destroyed, which the library knows, never one that is forgotten.
+                lib.mfa_destroy_context(self._handle)
+                self._handle = NULL
                 self._finalizer.detach()
-                handle, self._handle = self._handle, NULL
-                lib.mfa_destroy_context(handle)
 
     @property
     def closed(self) -> bool:

@@ -102,6 +102,11 @@ int32_t sm_kind(const void* pointer);
 // Both take any object; other pointers, NULL among them, are left alone. sm_retain() gives the object, NULL if it is none.
 void* sm_retain(void* object);
 void sm_release(void* object);
+// How many objects of a kind live.
+uint64_t sm_live_count(int32_t kind);
+// For tests: of the buffers and command buffers that are asked for from now on, `granted` can be had, the next one cannot, nor can those after
+// it if it is `forever`. A negative number: all can. Gives how many were asked for since the last call.
+uint64_t sm_fail_memory(int64_t granted, int32_t forever);
 // The first word of all objects of a kind, of those that live and those to come.
 void sm_set_class(int32_t kind, void* class_pointer);
 
