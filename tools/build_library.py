@@ -85,7 +85,7 @@ def sanitizer_runtime(sanitizer: str) -> Path:
         If there is none.
     """
     swift = Path(find_swift()).resolve()
-    name = f"libclang_rt.{SANITIZERS[sanitizer][2]}-{platform.machine()}.so"
+    name = f"libclang_rt.{SANITIZERS[sanitizer][1]}-{platform.machine()}.so"
     answer = subprocess.run(
         [swift.with_name("clang"), f"-print-file-name={name}"], stdin=subprocess.DEVNULL, capture_output=True, text=True
     )

@@ -282,7 +282,7 @@ def choose_seeds(target: str) -> None:
 def write_record() -> None:
     """Put what the present targets have counted, and the coverage that their corpora reach, into the record of fuzzing by hand."""
     sys.path.insert(0, str(ROOT / "tests" / "assurance"))
-    import figures
+    import figures  # type: ignore[import-not-found]  # tests are not checked for types
 
     reached = {}
     for part, counts in coverage().items():
