@@ -195,7 +195,7 @@ def test_each_backend__buffers_between_forbidden_pages__gives_the_same_bytes(bac
     assert counted, said
     other = [case["id"] for case, one, two in zip(cases, found, expected, strict=True) if one != two]
     figures.add(
-        "guard_pages",
+        "guard pages",
         guarded_calls_without_an_access_beyond_a_buffer=int(counted[1]),
         buffers_of_these_calls=int(counted[2]),
         cases_with_the_bytes_of_unguarded_calls=len(cases) - len(other),
@@ -214,7 +214,7 @@ def test_guarded_calls__every_case_of_the_sweep__is_one_that_the_library_accepts
     answers, _ = run("cpu", everything())
     assert [answer["id"] for answer in answers[len(suite.cases()) :] if answer["status"]] == []
     kernels = {answer["kernel"] for answer in answers if answer.get("kernel")}
-    figures.record("guard_pages", cases=len(everything()), kernels_on_the_best_instruction_set=len(kernels))
+    figures.record("guard pages", cases=len(everything()), kernels_on_the_best_instruction_set=len(kernels))
 
 
 BUFFERS = (
@@ -233,4 +233,4 @@ def test_guarded_calls__each_buffer_a_little_too_far__is_found(place):
         cases = tuple(case for case in suite.cases() if case["status"] == 0)
         with pytest.raises(AssertionError, match=rf"guarded_calls: mfa_\w+: {name}( \(a result\))?: byte \d+ of \d+ was touched"):
             guarded("cpu", cases, place, "kept", GUARD_SHIFT=name)
-    figures.record("guard_pages", kinds_of_buffers_whose_guards_were_tried=len(BUFFERS))
+    figures.record("guard pages", kinds_of_buffers_whose_guards_were_tried=len(BUFFERS))
