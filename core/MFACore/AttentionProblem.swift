@@ -194,8 +194,8 @@ public struct BackwardProblem {
         try gradientRequest.checkSizes(of: request)
         try request.checkPointers(for: .backward)
         try gradientRequest.checkPointers(of: request)
-        attention = try AttentionProblem(unwrapping: request)
-        gradients = try AttentionGradients(unwrapping: gradientRequest)
+        let attention = try AttentionProblem(unwrapping: request)
+        let gradients = try AttentionGradients(unwrapping: gradientRequest)
         try attention.checkCodes(request.deferred)
         try gradientRequest.checkCodes(of: attention)
         try attention.checkScalars(reading: access)
@@ -203,5 +203,7 @@ public struct BackwardProblem {
         try attention.checkOverlap(gradients, writesOutput: false)
         try attention.checkServed(request.deferred, reading: access)
         try attention.checkServed(gradientRequest.deferred, reading: access)
+        self.attention = attention
+        self.gradients = gradients
     }
 }

@@ -18,12 +18,17 @@ struct OverlapCheck {
         if let region { inputs.append(region) }
     }
 
+    /// A tensor of floats, if it is wanted.
+    mutating func writes(_ name: StaticString, _ tensor: Tensor?) {
+        if let tensor { writes(MemoryRegion(name, tensor)) }
+    }
+
     /// A tensor with the arrays that its codes need.
     mutating func reads(_ name: StaticString, _ tensor: Tensor) {
         // Nothing of a tensor without elements is touched.
         guard let region = MemoryRegion(name, tensor) else { return }
         reads(region)
-        if tensor.effectiveQuantization != nil { for region in OverlapCheck.arrays(name, tensor) { reads(region) } }
+        for region in OverlapCheck.arrays(name, tensor) { reads(region) }
     }
 
     /// A tensor whose codes, scales, zero points and means are written.
@@ -74,10 +79,10 @@ extension AttentionProblem {
         check.reads(MemoryRegion("sinks", options.sinks, count: numHeads, unit: size))
         let logsumexp = MemoryRegion("logsumexp", logsumexp, count: rowCount, unit: size)
         if writesOutput {
-            check.writes(output.flatMap { MemoryRegion("output", $0) })
+            check.writes("output", output)
             check.writes(logsumexp)
         } else {
-            check.reads(output.flatMap { MemoryRegion("output", $0) })
+            if let output { check.reads("output", output) }
             check.reads(logsumexp)
         }
         if let gradients {
@@ -85,10 +90,10 @@ extension AttentionProblem {
             check.reads(MemoryRegion("grad_logsumexp", gradients.gradLogsumexp, count: rowCount, unit: size))
             let dValues = MemoryRegion("d_values", gradients.dValues, count: rowCount, unit: size)
             if gradients.dValuesGiven { check.reads(dValues) } else { check.writes(dValues) }
-            check.writes(gradients.gradQuery.flatMap { MemoryRegion("grad_query", $0) })
-            check.writes(gradients.gradKey.flatMap { MemoryRegion("grad_key", $0) })
-            check.writes(gradients.gradValue.flatMap { MemoryRegion("grad_value", $0) })
-            check.writes(gradients.gradMask.flatMap { MemoryRegion("grad_mask", $0) })
+            check.writes("grad_query", gradients.gradQuery)
+            check.writes("grad_key", gradients.gradKey)
+            check.writes("grad_value", gradients.gradValue)
+            check.writes("grad_mask", gradients.gradMask)
             check.writes(MemoryRegion("grad_sinks", gradients.gradSinks, count: numHeads, unit: size))
             check.writes(MemoryRegion("grad_alibi_slopes", gradients.gradAlibiSlopes, count: numHeads, unit: size))
         }
