@@ -232,9 +232,9 @@ bool compute_queued(Simdgroup* simdgroup) {
     if (ready <= queue->computed) return false;
     for (int first = queue->computed, last; first < ready; first = last) {
         // The sum of a run is written once.
-        for (last = first + 1; last < ready && !(queue->calls[last] & 1);) last++;
+        for (last = first + 1; last < ready && !MatrixQueue::starts(queue->calls[last]);) last++;
         int start = first; // before `first` where a part of the run is computed already
-        while (!(queue->calls[start] & 1)) start--;
+        while (!MatrixQueue::starts(queue->calls[start])) start--;
         alignas(64) float elements[8][8];
         queue->gather[start](queue->accumulators[start], elements);
         row8 sum[8];

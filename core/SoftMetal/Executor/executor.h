@@ -56,6 +56,7 @@ struct MatrixQueue {
     typedef unsigned Call;
     static constexpr Call nobody = 0, full = ~0u;
     static Call call(int line, bool starts) { return static_cast<Call>(line) << 1 | starts; }
+    static bool starts(Call call) { return call & 1; }
 
     int queued[lanes];     // by each lane
     const void* at[lanes]; // the accumulator of each lane's newest product
