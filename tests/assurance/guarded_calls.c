@@ -16,7 +16,7 @@
 #define _GNU_SOURCE
 #endif
 
-#include <mfa.h>
+#include "../precision_bytes.h"
 
 #include <dlfcn.h>
 #include <signal.h>
@@ -264,18 +264,8 @@ typedef struct {
     region* region;
 } moved_tensor;
 
-static int64_t size_of(int32_t precision) {
-    switch (precision) {
-    case MFA_PRECISION_FP64: return 8;
-    case MFA_PRECISION_FP32: return 4;
-    case MFA_PRECISION_FP16:
-    case MFA_PRECISION_BF16: return 2;
-    default: return 1;
-    }
-}
-
 static view view_of(const mfa_tensor_t* tensor) {
-    view made = {.data = tensor->data, .size = size_of(tensor->precision)};
+    view made = {.data = tensor->data, .size = (int64_t)precision_bytes(tensor->precision)};
     const bool packed = tensor->precision == MFA_PRECISION_INT4;
     for (int axis = 0; axis < 4; axis++) {
         made.counts[axis] = packed && axis == 3 ? (tensor->shape[3] + 1) / 2 : tensor->shape[axis];
@@ -524,7 +514,7 @@ int32_t mfa_attention_merge(mfa_context_t* context, const mfa_tensor_t* output_a
                                              statistics_precision);
     }
     const int64_t* shape = output->shape;
-    const int64_t rows = shape[0] * shape[1] * shape[2] * size_of(statistics_precision);
+    const int64_t rows = shape[0] * shape[1] * shape[2] * (int64_t)precision_bytes(statistics_precision);
     const mfa_tensor_t *a = move("output_a", "", output_a, false, 0), *b = move("output_b", "", output_b, false, 0);
     const mfa_tensor_t* to = move("output", "", output, true, 0);
     const void *lse_a = array("logsumexp_a", logsumexp_a, rows, false), *lse_b = array("logsumexp_b", logsumexp_b, rows, false);
@@ -546,14 +536,14 @@ static struct {
 static int record_count;
 
 static int64_t flat_bytes(int64_t tokens, int64_t head_dim, int32_t precision) {
-    return tokens * (precision == MFA_PRECISION_INT4 ? (head_dim + 1) / 2 : head_dim * size_of(precision));
+    return tokens * (precision == MFA_PRECISION_INT4 ? (head_dim + 1) / 2 : head_dim * (int64_t)precision_bytes(precision));
 }
 
 /* Whether Q, K and V are of types that the flat functions take, and not too large. */
 static bool is_flat_ordinary(int64_t tokens, int64_t head_dim, const int32_t precisions[3]) {
     for (int n = 0; n < 3; n++) {
         const bool codes = precisions[n] == MFA_PRECISION_INT8 || precisions[n] == MFA_PRECISION_INT4;
-        if (!codes && size_of(precisions[n]) != 2 && precisions[n] != MFA_PRECISION_FP32) return false;
+        if (!codes && (int64_t)precision_bytes(precisions[n]) != 2 && precisions[n] != MFA_PRECISION_FP32) return false;
     }
     return (double)tokens * (double)head_dim * 8 <= (double)MOST_BYTES;
 }
@@ -572,7 +562,7 @@ static int32_t forward_flat(bool quantized, void* context, void* pointers[4], vo
             bytes[n] = flat_bytes(n == 0 ? rows : columns, head_dim, precisions[n]);
             moved_to[n] = array(names[n], pointers[n], bytes[n], false);
         }
-        moved_to[3] = array("output", pointers[3], rows * head_dim * (codes ? 4 : size_of(precisions[0])), true);
+        moved_to[3] = array("output", pointers[3], rows * head_dim * (codes ? 4 : (int64_t)precision_bytes(precisions[0])), true);
         if (logsumexp && rows) {
             moved_logsumexp = array("logsumexp", logsumexp, rows * 4, true);
             regions[region_count - 1].kept = true;

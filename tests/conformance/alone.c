@@ -6,7 +6,7 @@
 #define _GNU_SOURCE
 #endif
 
-#include <mfa.h>
+#include "../precision_bytes.h"
 
 #include <dlfcn.h>
 #include <stdbool.h>
@@ -39,14 +39,7 @@ typedef struct {
 } part;
 
 static int64_t bytes_of(int32_t precision, int64_t elements) {
-    switch (precision) {
-    case MFA_PRECISION_FP64: return 8 * elements;
-    case MFA_PRECISION_FP32: return 4 * elements;
-    case MFA_PRECISION_FP16:
-    case MFA_PRECISION_BF16: return 2 * elements;
-    case MFA_PRECISION_INT4: return elements / 2;
-    default: return elements;
-    }
+    return precision == MFA_PRECISION_INT4 ? elements / 2 : elements * (int64_t)precision_bytes(precision);
 }
 
 static const void* moved(const void* array, int64_t bytes) {
@@ -183,35 +176,33 @@ int32_t mfa_attention_run_backward(mfa_context_t* context, const mfa_attention_t
 
 /* ---- Quantisation, merging ------------------------------------------------------------------------------------------------------------- */
 
-int32_t mfa_quantize(mfa_context_t* context, const mfa_tensor_t* input, const mfa_tensor_t* output) {
-    const int64_t batch = batch_of(input);
-    const mfa_quantization_t* scheme = batch > 1 && batch_of(output) == batch ? output->quantization : NULL;
-    if (!scheme || scheme->granularity == MFA_GRANULARITY_TENSOR) {
+typedef int32_t conversion(mfa_context_t* context, const mfa_tensor_t* input, const mfa_tensor_t* output);
+
+/* Quantises or dequantises, sequence by sequence where that is possible. */
+static int32_t convert(conversion* original, bool is_possible, mfa_context_t* context, const mfa_tensor_t* input,
+                       const mfa_tensor_t* output) {
+    if (!is_possible) {
         left++;
-        return ORIGINAL(mfa_quantize)(context, input, output);
+        return original(context, input, output);
     }
     divided++;
     int32_t status = MFA_SUCCESS;
-    for (int64_t b = batch - 1; b >= 0 && !status; b--) {
+    for (int64_t b = batch_of(input) - 1; b >= 0 && !status; b--) {
         part from, to;
-        status = ORIGINAL(mfa_quantize)(context, one_of(input, b, &from), one_of(output, b, &to));
+        status = original(context, one_of(input, b, &from), one_of(output, b, &to));
     }
     return status;
 }
 
+int32_t mfa_quantize(mfa_context_t* context, const mfa_tensor_t* input, const mfa_tensor_t* output) {
+    const int64_t batch = batch_of(input);
+    const mfa_quantization_t* scheme = batch > 1 && batch_of(output) == batch ? output->quantization : NULL;
+    return convert(ORIGINAL(mfa_quantize), scheme && scheme->granularity != MFA_GRANULARITY_TENSOR, context, input, output);
+}
+
 int32_t mfa_dequantize(mfa_context_t* context, const mfa_tensor_t* input, const mfa_tensor_t* output) {
     const int64_t batch = batch_of(input);
-    if (batch < 2 || batch_of(output) != batch) {
-        left++;
-        return ORIGINAL(mfa_dequantize)(context, input, output);
-    }
-    divided++;
-    int32_t status = MFA_SUCCESS;
-    for (int64_t b = batch - 1; b >= 0 && !status; b--) {
-        part from, to;
-        status = ORIGINAL(mfa_dequantize)(context, one_of(input, b, &from), one_of(output, b, &to));
-    }
-    return status;
+    return convert(ORIGINAL(mfa_dequantize), batch > 1 && batch_of(output) == batch, context, input, output);
 }
 
 int32_t mfa_attention_merge(mfa_context_t* context, const mfa_tensor_t* output_a, const void* logsumexp_a, const mfa_tensor_t* output_b,

@@ -3,6 +3,7 @@
  *     runner DEVICE THREADS
  *
  * What a case says and what a result says is in docs/conformance.md. Compiled against mfa.h alone. */
+#include "../precision_bytes.h"
 #include "inputs.h"
 
 #include <mfa.h>
@@ -119,16 +120,6 @@ static int32_t precision_of(const char* name) {
     return -1;
 }
 
-static size_t size_of(int32_t precision) {
-    switch (precision) {
-    case MFA_PRECISION_FP64: return 8;
-    case MFA_PRECISION_FP32: return 4;
-    case MFA_PRECISION_FP16:
-    case MFA_PRECISION_BF16: return 2;
-    default: return 1;
-    }
-}
-
 /* The place of index `n` of [batch, heads, tokens, channels] in memory. */
 static int64_t place_of(int64_t n, const int64_t shape[4], const int64_t strides[4]) {
     const int64_t d = n % shape[3], s = n / shape[3] % shape[2], h = n / shape[3] / shape[2] % shape[1];
@@ -157,10 +148,10 @@ static mfa_tensor_t make_tensor(const char* precision, int64_t heads, int64_t to
     memcpy(tensor.shape, shape, sizeof shape);
     int64_t in_memory[4] = {shape[0], heads, tokens, packed};
     const int64_t elements = product(shape, 4), all = product(in_memory, 4);
-    tensor.data = take(all, size_of(tensor.precision));
+    tensor.data = take(all, precision_bytes(tensor.precision));
     if (elements < 0 || elements > MOST_ELEMENTS) return tensor;
     const bool codes = tensor.precision == MFA_PRECISION_INT4 || tensor.precision == MFA_PRECISION_INT8;
-    const size_t bytes = tensor.precision == MFA_PRECISION_INT4 ? (size_t)all / 2 : (size_t)all * size_of(tensor.precision);
+    const size_t bytes = tensor.precision == MFA_PRECISION_INT4 ? (size_t)all / 2 : (size_t)all * precision_bytes(tensor.precision);
     memset(tensor.data, stream < 0 ? 0xA5 : 0, bytes);
     for (int64_t n = 0; n < elements && stream >= 0; n++) {
         const int64_t at = place_of(n, shape, tensor.strides);
@@ -272,7 +263,7 @@ static void print_tensor(const char* name, const mfa_tensor_t* tensor) {
     int64_t sizes[4];
     memcpy(sizes, tensor->shape, sizeof sizes);
     if (tensor->precision == MFA_PRECISION_INT4) sizes[3] = (sizes[3] + 1) / 2;
-    print_memory(name, tensor->data, product(sizes, 4), size_of(tensor->precision));
+    print_memory(name, tensor->data, product(sizes, 4), precision_bytes(tensor->precision));
 }
 
 /* The message, if the call failed, with what JSON escapes left out: messages have none of it. */
@@ -327,7 +318,7 @@ static mfa_tensor_t make_mask(void) {
         mask.strides[axis] = mask.shape[axis] == 1 ? 0 : stride;
         stride *= mask.shape[axis];
     }
-    mask.data = take(stride, size_of(mask.precision));
+    mask.data = take(stride, precision_bytes(mask.precision));
     for (int64_t n = 0; n < stride; n++) {
         const uint64_t word = input_word(seed, STREAM_MASK, (uint64_t)n);
         if (mask.precision == MFA_PRECISION_BOOL) {
@@ -340,7 +331,7 @@ static mfa_tensor_t make_mask(void) {
                                    : mask.precision == MFA_PRECISION_BF16 ? (const void*)&bfloat
                                    : mask.precision == MFA_PRECISION_FP64 ? (const void*)&wide
                                                                           : (const void*)&single;
-            memcpy((char*)mask.data + (size_t)n * size_of(mask.precision), infinity, size_of(mask.precision));
+            memcpy((char*)mask.data + (size_t)n * precision_bytes(mask.precision), infinity, precision_bytes(mask.precision));
         } else {
             write_real(mask.data, mask.precision, n, word);
         }
@@ -420,13 +411,13 @@ static void run_attention(mfa_context_t* context, bool backward) {
     if (lists(wanted, "value")) gradients.grad_value = &grad_value;
     if (lists(wanted, "mask")) {
         grad_mask = mask;
-        grad_mask.data = take(product(mask.shape, 4), size_of(mask.precision));
+        grad_mask.data = take(product(mask.shape, 4), precision_bytes(mask.precision));
         int64_t stride = 1; /* contiguous, broadcast axes having one element */
         for (int axis = 3; axis >= 0; axis--) {
             grad_mask.strides[axis] = stride;
             stride *= mask.shape[axis];
         }
-        memset(grad_mask.data, 0xA5, (size_t)product(mask.shape, 4) * size_of(mask.precision));
+        memset(grad_mask.data, 0xA5, (size_t)product(mask.shape, 4) * precision_bytes(mask.precision));
         gradients.grad_mask = &grad_mask;
     }
     if (lists(wanted, "sinks")) gradients.grad_sinks = make_statistics(all.heads, wide, -1);
@@ -497,9 +488,9 @@ static void* make_flat(const char* precision, int64_t heads, int64_t tokens, int
     const int64_t rows = code == MFA_PRECISION_INT4 ? (channels + 1) / 2 : channels; /* bytes of INT4 */
     const int64_t in_memory[4] = {shape[0], heads, tokens, rows};
     const int64_t elements = product(shape, 4), all = product(in_memory, 4);
-    void* memory = take(all, size_of(code));
+    void* memory = take(all, precision_bytes(code));
     if (elements < 0 || elements > MOST_ELEMENTS) return memory;
-    memset(memory, stream < 0 ? 0xA5 : 0, (size_t)all * size_of(code));
+    memset(memory, stream < 0 ? 0xA5 : 0, (size_t)all * precision_bytes(code));
     for (int64_t n = 0; n < elements && stream >= 0; n++) {
         const int64_t d = n % channels, s = n / channels % tokens, h = n / channels / tokens % heads, b = n / channels / tokens / heads;
         const int64_t row = code == MFA_PRECISION_INT4 ? d / 2 : d;
@@ -532,7 +523,7 @@ static void run_flat(mfa_context_t* context, bool backward) {
     void* output = make_flat(type, all.heads, all.rows, all.channels, to, -1);
     const int64_t counts[4] = {all.batch, all.heads, all.rows, all.channels}, rows = product(counts, 3), elements = product(counts, 4);
     const int64_t kv_counts[4] = {all.batch, all.heads, all.columns, all.channels}, kv_elements = product(kv_counts, 4);
-    const size_t size = size_of(precision_of(type));
+    const size_t size = precision_bytes(precision_of(type));
     float* lse = make_statistics(rows, false, -1);
     if (lists(nulls, "query")) q = NULL;
     if (lists(nulls, "output")) output = NULL;

@@ -116,7 +116,7 @@ static bool reach_of(const mfa_tensor_t* of, wide* below, wide* above) {
         else
             *above += span;
     }
-    const wide unit = (wide)unit_bytes(of->precision);
+    const wide unit = (wide)precision_bytes(of->precision);
     *below *= unit;
     *above = *above * unit + unit;
     return true;
@@ -202,7 +202,7 @@ static void mark(int place) {
     FOR_EACH_INDEX(there.shape, index) {
         const int64_t at = index[0] * there.strides[0] + index[1] * there.strides[1] + index[2] * there.strides[2] +
                            (nibbles ? index[3] - (index[3] & 1) : index[3]) * there.strides[3];
-        memset((uint8_t*)there.data + (nibbles ? at / 2 : at * (int64_t)unit_bytes(of->precision)), 1, unit_bytes(of->precision));
+        memset((uint8_t*)there.data + (nibbles ? at / 2 : at * (int64_t)precision_bytes(of->precision)), 1, precision_bytes(of->precision));
     }
 }
 

@@ -8,7 +8,7 @@
 
 /* A mutator works best on elements that are the input's own bytes. */
 static void take_elements(view* made, input* from) {
-    const int size = (int)unit_bytes(made->tensor.precision);
+    const int size = (int)precision_bytes(made->tensor.precision);
     FOR_EACH_INDEX(made->tensor.shape, index) store_bits(&made->tensor, index, take_bytes(from, size));
 }
 

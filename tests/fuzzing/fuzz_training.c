@@ -52,12 +52,13 @@ static size_t elements(const sizes* of, uint32_t tokens) {
 /* Memory for an operand, as much as it needs. */
 static void* make_operand(session* in, const sizes* of, uint32_t tokens, int32_t precision) {
     const size_t rows = (size_t)of->batches * of->heads * tokens;
-    const size_t bytes = precision == MFA_PRECISION_INT4 ? rows * ((of->channels + 1u) / 2) : rows * of->channels * unit_bytes(precision);
+    const size_t bytes =
+        precision == MFA_PRECISION_INT4 ? rows * ((of->channels + 1u) / 2) : rows * of->channels * precision_bytes(precision);
     uint8_t* made = arena_take(bytes);
     for (size_t k = 0; k < bytes; k++) made[k] = (uint8_t)draw(&in->values);
     /* Floats from -1 to 1 of whatever size: the exponent's first bits are set right. */
     if (is_float(precision)) {
-        const size_t unit = unit_bytes(precision);
+        const size_t unit = precision_bytes(precision);
         for (size_t k = unit - 1; k < bytes; k += unit) made[k] = (made[k] & 0x80) | (precision == MFA_PRECISION_FP16 ? 0x38 : 0x3E);
     }
     return bytes ? made : NULL;
@@ -113,7 +114,7 @@ static void forward(session* in, input* from) {
     const bool plain = flags & 4;
     const size_t count = bad_sizes(&told.sizes) ? 0 : elements(&told.sizes, told.sizes.rows);
     const int32_t query = told.operands[0].precision;
-    const size_t unit = is_float(query) && query != MFA_PRECISION_FP64 ? unit_bytes(query) : 4;
+    const size_t unit = is_float(query) && query != MFA_PRECISION_FP64 ? precision_bytes(query) : 4;
     uint8_t* output = arena_take(count * unit);
     bool missing = false;
     if (wrong >= 8 && wrong < 11) missing |= memory[wrong - 8] != NULL, memory[wrong - 8] = NULL;

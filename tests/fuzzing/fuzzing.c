@@ -113,16 +113,6 @@ bool is_quantized(int32_t precision) {
     return precision == MFA_PRECISION_INT8 || precision == MFA_PRECISION_INT4;
 }
 
-size_t unit_bytes(int32_t precision) {
-    switch (precision) {
-    case MFA_PRECISION_FP64: return 8;
-    case MFA_PRECISION_FP32: return 4;
-    case MFA_PRECISION_FP16:
-    case MFA_PRECISION_BF16: return 2;
-    default: return 1;
-    }
-}
-
 int64_t element_count(const mfa_tensor_t* tensor) {
     return tensor->shape[0] * tensor->shape[1] * tensor->shape[2] * tensor->shape[3];
 }
@@ -162,14 +152,14 @@ static uint8_t* byte_of(const mfa_tensor_t* tensor, const int64_t index[4]) {
     const int64_t channel = nibbles ? index[3] - (index[3] & 1) : index[3];
     const int64_t at =
         index[0] * tensor->strides[0] + index[1] * tensor->strides[1] + index[2] * tensor->strides[2] + channel * tensor->strides[3];
-    return (uint8_t*)tensor->data + (nibbles ? at / 2 : at * (int64_t)unit_bytes(tensor->precision));
+    return (uint8_t*)tensor->data + (nibbles ? at / 2 : at * (int64_t)precision_bytes(tensor->precision));
 }
 
 uint64_t load_bits(const mfa_tensor_t* tensor, const int64_t index[4]) {
     const uint8_t* byte = byte_of(tensor, index);
     if (tensor->precision == MFA_PRECISION_INT4) return index[3] & 1 ? *byte >> 4 : *byte & 15;
     uint64_t bits = 0;
-    memcpy(&bits, byte, unit_bytes(tensor->precision));
+    memcpy(&bits, byte, precision_bytes(tensor->precision));
     return bits;
 }
 
@@ -178,7 +168,7 @@ void store_bits(const mfa_tensor_t* tensor, const int64_t index[4], uint64_t bit
     if (tensor->precision == MFA_PRECISION_INT4) {
         *byte = (uint8_t)(index[3] & 1 ? (*byte & 15) | (bits & 15) << 4 : (*byte & 0xF0) | (bits & 15));
     } else {
-        memcpy(byte, &bits, unit_bytes(tensor->precision));
+        memcpy(byte, &bits, precision_bytes(tensor->precision));
     }
 }
 
@@ -246,7 +236,7 @@ static void place(view* made, const int64_t strides[4]) {
         if (span > 0) above += span;
         tensor->strides[axis] = strides[axis] * (tensor->precision == MFA_PRECISION_INT4 && axis < 3 ? 2 : 1);
     }
-    const size_t unit = unit_bytes(tensor->precision);
+    const size_t unit = precision_bytes(tensor->precision);
     made->bytes = empty ? 0 : (size_t)(below + above + 1) * unit;
     made->memory = arena_take(made->bytes);
     tensor->data = empty ? NULL : made->memory + (size_t)below * unit;
@@ -332,7 +322,7 @@ void check_gaps(const view* of, const char* name) {
     uint8_t* written = calloc(of->bytes, 1);
     if (written == NULL) fail("no memory");
     FOR_EACH_INDEX(of->tensor.shape, index) {
-        memset(written + (byte_of(&of->tensor, index) - of->memory), 1, unit_bytes(of->tensor.precision));
+        memset(written + (byte_of(&of->tensor, index) - of->memory), 1, precision_bytes(of->tensor.precision));
     }
     for (size_t k = 0; k < of->bytes; k++) {
         if (!written[k] && of->memory[k] != 0xFF) fail("byte %zu of %s, between its elements, was written", k, name);

@@ -2,7 +2,7 @@
 #ifndef FUZZING_H
 #define FUZZING_H
 
-#include "mfa.h"
+#include "../precision_bytes.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -70,7 +70,6 @@ typedef struct {
 } view;
 
 bool is_quantized(int32_t precision);
-size_t unit_bytes(int32_t precision);
 int64_t element_count(const mfa_tensor_t* tensor);
 /* How many scales, zero points or means a quantised tensor of this shape has; block and group sizes are not 0. */
 int64_t scale_count(const mfa_quantization_t* quantization, const int64_t shape[4]);
