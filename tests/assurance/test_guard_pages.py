@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,14 +42,11 @@ GRANULARITIES = ("tensor", "head", "token", "block", "channel", "group")
 @functools.cache
 def guards() -> Path:
     """The library that moves buffers."""
-    clang = shutil.which("clang") or shutil.which("cc")
-    if clang is None:
-        pytest.skip("needs a C compiler")
-    folder = suite.ROOT / ".build" / "assurance"
-    folder.mkdir(parents=True, exist_ok=True)
-    library = folder / "guarded_calls.so"
-    flags = ["-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", str(suite.ROOT / "include")]
-    subprocess.run([clang, *flags, str(SOURCE), "-o", str(library)], check=True)
+    library = suite.ROOT / ".build" / "assurance" / "guarded_calls.so"
+    try:
+        suite.compile_preloaded(SOURCE, library)
+    except suite.UnavailableError as reason:
+        pytest.skip(str(reason))
     return library
 
 

@@ -104,14 +104,25 @@ BACKENDS = {
 # ---- Languages ---------------------------------------------------------------------------------------------------------------------------
 
 
-def _c() -> list[str]:
+def _compile(source: Path, made: Path, *arguments: str) -> None:
     clang = shutil.which("clang") or shutil.which("cc")
     if clang is None:
         raise UnavailableError("needs a C compiler")
-    SCRATCH.mkdir(parents=True, exist_ok=True)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    command = [clang, "-std=gnu17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(source)]
+    subprocess.run([*command, *arguments, "-o", str(made)], check=True)
+
+
+def compile_preloaded(source: Path, library: Path) -> None:
+    """Compile functions that stand before the library's by LD_PRELOAD."""
+    if sys.platform != "linux":
+        raise UnavailableError(f"{source.name} finds libmfa as Linux does")
+    _compile(source, library, "-shared", "-fPIC")
+
+
+def _c() -> list[str]:
     program = SCRATCH / "runner_c"
-    command = [clang, "-std=gnu17", "-O1", "-Wall", "-Wextra", "-Werror", "-I", str(ROOT / "include"), str(HERE / "runner.c")]
-    subprocess.run([*command, str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}", "-o", str(program)], check=True)
+    _compile(HERE / "runner.c", program, str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}")
     return [str(program)]
 
 
@@ -207,13 +218,9 @@ def _ask(name: str, runner: list[str], environment: dict[str, str]) -> tuple[dic
 
 def run_divided(backend: str) -> tuple[dict[str, Answer], int]:
     """What C's runner answers if each sequence of a batch is computed in a call of its own, and how many calls were so divided."""
-    if sys.platform != "linux":
-        raise UnavailableError("alone.c finds libmfa as Linux does")
     runner = [*command("C"), BACKENDS[backend].device, "2"]
     library = SCRATCH / "alone.so"
-    clang = shutil.which("clang") or "cc"
-    flags = ["-std=gnu17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-I", str(ROOT / "include")]
-    subprocess.run([clang, *flags, str(HERE / "alone.c"), "-o", str(library)], check=True)
+    compile_preloaded(HERE / "alone.c", library)
     environment = {**BACKENDS[backend].environment(), "LD_PRELOAD": str(library)}
     answers, said = _ask(f"C's runner on {backend}, batches divided", runner, environment)
     found = re.search(r"alone: (\d+) calls divided", said)
