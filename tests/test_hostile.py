@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from native import INVALID_ARGUMENT, INVALID_DIMENSIONS, SUCCESS
+from processes import run_alone
 
 FUZZ = """
     import sys
@@ -147,23 +145,9 @@ HOSTILE = {
 }
 
 
-def run_alone(code, **environment):
-    folder = str(Path(__file__).parent)
-    program = f"import sys\nsys.path.insert(0, {folder!r})\n" + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **environment},
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 @pytest.mark.parametrize("name", HOSTILE)
 def test_library__hostile_caller__does_not_crash(name):
-    run_alone(HOSTILE[name])
+    run_alone(HOSTILE[name], timeout=120)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,10 +1,7 @@
-"""Memory, threads and fork: nothing grows with seq_len_q * seq_len_kv or with the number of calls, and calls side by side do not meet."""
+"""Memory: nothing grows with seq_len_q * seq_len_kv or with the number of calls."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -15,48 +12,44 @@ import native
 import umfa
 from cases import Sizes, problem
 from native import NULL, SUCCESS, Context, Descriptor, ffi, lib
+from processes import run_alone
 
 on_linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-with_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork() here")
 
 
-def run_alone(code, timeout=240):
+# Lays open what memory is resident, in MiB.
+HELPERS = """\
+import gc
+import numpy as np
+import umfa
+
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+
+def resident():
+    gc.collect()
+    return status("VmRSS") / 1024
+
+def reset_peak():
+    gc.collect()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+def peak():
+    return status("VmHWM") / 1024
+
+reset_peak()
+lowest = peak()
+np.ones(2**23)
+assert 60 < peak() - lowest < 70, "peak memory cannot be measured"
+"""
+
+
+def run_measured(code, timeout=240):
     """Run a program, with helpers to read resident memory, in a process of its own."""
-    helpers = f"""
-        import sys
-        sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parent / "assurance")!r}]
-        import gc
-        import numpy as np
-        import umfa
-
-        def status(field):
-            for line in open("/proc/self/status"):
-                if line.startswith(field + ":"):
-                    return int(line.split()[1])
-
-        def resident():
-            gc.collect()
-            return status("VmRSS") / 1024
-
-        def reset_peak():
-            gc.collect()
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-
-        def peak():
-            return status("VmHWM") / 1024
-
-        reset_peak()
-        lowest = peak()
-        np.ones(2**23)
-        assert 60 < peak() - lowest < 70, "peak memory cannot be measured"
-    """
-    program = textwrap.dedent(helpers) + textwrap.dedent(code)
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=timeout
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+    return run_alone(HELPERS + textwrap.dedent(code), timeout)
 
 
 # ---- What a call needs -------------------------------------------------------------------------------------------------------------------
@@ -134,7 +127,7 @@ def test_mfa_context__after_a_call__holds_what_the_inquiry_said(rng):
 @on_linux
 def test_attention__8192_tokens__needs_a_fraction_of_the_scores():
     """All scores would be 256 MiB."""
-    output = run_alone(
+    output = run_measured(
         """
         rng = np.random.default_rng(0)
         q, k, v, grad = (rng.standard_normal((1, 1, 8192, 16), np.float32) for _ in range(4))
@@ -161,7 +154,7 @@ def test_attention__8192_tokens__needs_a_fraction_of_the_scores():
 @on_linux
 def test_attention__broadcast_and_strided_operands__are_not_copied():
     """A mask of 4 GiB and keys of 2 GiB, if they were expanded."""
-    output = run_alone(
+    output = run_measured(
         """
         rng = np.random.default_rng(0)
         q = rng.standard_normal((1, 64, 16, 64), np.float32)
@@ -181,7 +174,7 @@ def test_attention__broadcast_and_strided_operands__are_not_copied():
 
 @on_linux
 def test_mfa_context__many_of_them__share_their_threads():
-    output = run_alone(
+    output = run_measured(
         """
         q = np.zeros((1, 8, 200, 16), np.float32)
         before = status("Threads")

@@ -9,36 +9,17 @@ import pickle
 import subprocess
 import sys
 import threading
-import traceback
 import weakref
 
 import numpy as np
 import pytest
 
 import umfa
+from processes import in_child
 from umfa.context import default_context
 
 X = np.random.default_rng(0).normal(size=(1, 4, 33, 16)).astype(np.float32)
 EXPECTED = umfa.attention(X, X, X)
-
-
-def in_child(function) -> None:
-    """Run a function in a forked child; the test fails if it raises or does not end there."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    deadline = threading.Timer(60, os.kill, (child, 9))
-    deadline.start()
-    _, status = os.waitpid(child, 0)
-    deadline.cancel()
-    assert status == 0
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

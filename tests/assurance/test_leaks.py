@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import figures
-from test_memory import on_linux, run_alone
+from test_memory import on_linux, run_measured
 
 # Each makes one call of the kinds that its name says; `index` is the number of the call.
 BODIES = {
@@ -104,7 +104,7 @@ def test_library__called_again_and_again__does_not_grow():
         warm = figures.pick(6000 if name == "training records" else 800, 10_000)
         sizes[name] = warm, figures.pick(2000, 100_000 if name in ("C", "refused in C") else 20_000)
     bodies = "".join(f"{name!r}: lambda index: {body}, " for name, body in BODIES.items())
-    answer = run_alone(PROGRAM.replace("BODIES", bodies).replace("SIZES", repr(sizes)), timeout=figures.pick(240, 1500))
+    answer = run_measured(PROGRAM.replace("BODIES", bodies).replace("SIZES", repr(sizes)), timeout=figures.pick(240, 1500))
     grown = {name: int(figure) for name, figure in (line.split(": ") for line in answer.splitlines())}
     assert grown.keys() == BODIES.keys()
     figures.record("leaks", calls=sum(count for _, count in sizes.values()))

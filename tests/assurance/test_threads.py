@@ -24,6 +24,7 @@ import build_library
 import figures
 import umfa
 from cases import OPTIONS, Sizes, problem_with
+from processes import run_alone
 from test_backward import random_gradients, run_backward
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="threads and memory are read from /proc")
@@ -166,17 +167,6 @@ def test_dlopen_and_dlclose__again_and_again__leave_memory_and_threads_as_they_w
 # ---- Threads of Python -------------------------------------------------------------------------------------------------------------------
 
 
-def run_alone(code: str) -> str:
-    """Run a program in a Python process of its own; what it prints."""
-    folder = str(Path(__file__).resolve().parents[1])
-    prelude = f"import sys\nsys.path.insert(0, {folder!r})\n"
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-c", prelude + code], capture_output=True, text=True, timeout=240, check=False
-    )
-    assert done.returncode == 0, f"status {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
 def in_threads(count, work):
     """Run work(index) on `count` threads at once and raise what failed."""
     failures, barrier = [], threading.Barrier(count)
@@ -259,9 +249,9 @@ def test_quantize__on_many_threads__gives_the_bits_of_one(dtype, rng):
 # ---- fork() ------------------------------------------------------------------------------------------------------------------------------
 
 FORK = """
-    import os
     import numpy as np
     import umfa
+    from processes import in_child
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 4, 150, 32), np.float32) for _ in range(3))
     context = umfa.MFAContext(num_threads=3)
@@ -269,24 +259,6 @@ FORK = """
     def compute(context):
         out, lse = umfa.attention(q, k, v, causal=True, return_lse=True, context=context)
         return [array.tobytes() for array in (out, lse, *umfa.attention_backward(out, q, k, v, out, lse, causal=True, context=context))]
-
-    def in_child(work):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                work()
-                code = 0
-            finally:
-                os._exit(code)
-        for _ in range(600):
-            finished, status = os.waitpid(child, os.WNOHANG)
-            if finished:
-                assert status == 0, status
-                return
-            __import__("time").sleep(0.1)
-        os.kill(child, 9)
-        raise AssertionError("the child hangs")
 
     def same(context):
         assert compute(context) == expected
