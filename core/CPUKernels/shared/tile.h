@@ -136,6 +136,15 @@ static column_range columns_of_rows(const cpu_attention* attention, const head_p
     return range;
 }
 
+/* The columns that all rows of first_row ..< first_row + rows may attend, as far as the outermost rows tell. */
+static column_range columns_of_all_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
+    row_place begin = place_of_row(attention, position, first_row), end = place_of_row(attention, position, first_row + rows - 1);
+    bool one_head = begin.h == end.h;
+    column_range first = columns_of_row(attention, position, one_head ? begin.i : 0);
+    column_range last = columns_of_row(attention, position, one_head ? end.i : attention->seq_len_q - 1);
+    return (column_range){last.first, first.last};
+}
+
 /* ---- Reading tiles ------------------------------------------------------------------------------------------------------------------- */
 
 /* Rows of a tensor as reals, [rows][channels]. */
@@ -394,21 +403,22 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     tile->first_column = first_column;
     tile->columns = minimum(TILE_COLUMNS, minimum(last_column, tile->position.keys) - first_column);
     if (tile->columns <= 0) return false;
-    tile->full = true;
     tile->masked = false;
-    bool any = false;
+    const column_range shared = columns_of_all_rows(attention, &tile->position, tile->first_row, tile->valid_rows);
+    tile->full = shared.first <= first_column && shared.last >= first_column + tile->columns;
+    bool any = tile->full;
     for (int64_t row = 0; row < tile->rows; row++) {
-        column_range range = {first_column, first_column};
-        if (row < tile->valid_rows) {
-            int64_t i = place_of_row(attention, &tile->position, tile->first_row + row).i;
-            range = columns_of_row(attention, &tile->position, i);
-        }
-        int64_t first = minimum(maximum(range.first - first_column, 0), tile->columns);
-        int64_t last = minimum(maximum(range.last - first_column, 0), tile->columns);
+        tile->limits[row] = 0;
+        tile->limits[tile->rows + row] = row < tile->valid_rows ? (real_bits)tile->columns : 0;
+    }
+    for (int64_t row = 0; row < tile->valid_rows && !tile->full; row++) {
+        const int64_t i = place_of_row(attention, &tile->position, tile->first_row + row).i;
+        const column_range range = columns_of_row(attention, &tile->position, i);
+        const int64_t first = minimum(maximum(range.first - first_column, 0), tile->columns);
+        const int64_t last = minimum(maximum(range.last - first_column, 0), tile->columns);
         tile->limits[row] = (real_bits)first;
         tile->limits[tile->rows + row] = (real_bits)last;
         any |= first < last;
-        if (row < tile->valid_rows && (first > 0 || last < tile->columns)) tile->full = false;
     }
     if (!any || !tile->additions) return any;
     const mask_share share =
