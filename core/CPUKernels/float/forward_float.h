@@ -29,6 +29,9 @@
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
 #pragma clang diagnostic ignored "-Wunused-function" /* the headers serve other kernels too */
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #ifdef KERNEL_TARGET
 #pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
 #endif
@@ -55,7 +58,8 @@ enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES };
 
 /* Keys and values of some columns, as FP32 numbers. */
 typedef struct {
-    real* key;   /* [TILE_COLUMNS][key_pitch] */
+    const real* key; /* [TILE_COLUMNS][key_pitch] */
+    real* key_memory;
     real* value; /* [TILE_COLUMNS][value_pitch] */
     int64_t key_pitch, value_pitch;
     real* finite_value; /* values with 0 for what is not finite; the values themselves if all are */
@@ -90,9 +94,8 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->output = workspace_take_reals(&cursor, head_dim_v * rows);
     take_row_statistics(&cursor, rows, &workspace->statistics);
     workspace->infinite = workspace_take(&cursor, rows, sizeof(real_bits));
-    workspace->block.key_pitch = pitch;
     workspace->block.value_pitch = pitch_v;
-    workspace->block.key = workspace_take_reals(&cursor, TILE_COLUMNS * pitch);
+    workspace->block.key_memory = workspace_take_reals(&cursor, TILE_COLUMNS * pitch);
     workspace->block.value = workspace_take_reals(&cursor, TILE_COLUMNS * pitch_v);
     workspace->block.finite_copy = workspace_take_reals(&cursor, TILE_COLUMNS * pitch_v);
     workspace->row_pitch = maximum(pitch, pitch_v);
@@ -119,7 +122,7 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
     const int64_t head_dim = attention->head_dim, pitch = panel->row_pitch;
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, &tile->position, tile->first_row + row);
-        load_row(&query, tile->position.b, place.h, place.i, head_dim, panel->rows + row * pitch);
+        load_rows(&query, tile->position.b, place.h, place.i, 1, head_dim, panel->rows + row * pitch, pitch);
     }
     memset(panel->rows + tile->valid_rows * pitch, 0, (size_t)((tile->rows - tile->valid_rows) * pitch) * sizeof(real));
     transpose_floats(panel->rows, pitch, tile->rows, head_dim, panel->query, tile->rows);
@@ -134,12 +137,25 @@ static bool block_is_finite(const real* block, int64_t pitch, int64_t columns, i
     return !vector_any(probe != 0);
 }
 
+/* Keys are used where they lie if they can be: each is read from its start to its end, so that cache sets do not matter. */
+static bool keys_stay(const cpu_attention* attention) {
+    const cpu_tensor* key = &attention->key;
+    return key->precision == CPU_FP32 && key->strides[3] == 1 && (uintptr_t)key->data % sizeof(real) == 0;
+}
+
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
     const head_position* at = &item->tile.position;
     const cpu_tensor key = score_operand(&attention->key);
     column_block* block = &item->block;
     const int64_t head_dim_v = attention->head_dim_v, pitch_v = block->value_pitch;
-    load_rows(&key, at->b, at->kv_head, first_column, columns, attention->head_dim, block->key, block->key_pitch);
+    if (keys_stay(attention)) {
+        block->key = (const real*)key.data + row_offset(&key, at->b, at->kv_head, first_column);
+        block->key_pitch = key.strides[2];
+    } else {
+        block->key = block->key_memory;
+        block->key_pitch = pitch_of(attention->head_dim);
+        load_rows(&key, at->b, at->kv_head, first_column, columns, attention->head_dim, block->key_memory, block->key_pitch);
+    }
     load_rows(&attention->value, at->b, at->kv_head, first_column, columns, head_dim_v, block->value, pitch_v);
     block->finite_value = block->value;
     if (block_is_finite(block->value, pitch_v, columns, head_dim_v)) return;
@@ -159,11 +175,23 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     /* Only -inf so far: any finite reference gives 2^-inf = 0. */
     const vector reference = vector_select(highest == -INFINITY, vector_of(0), highest);
     vector sum = vector_of(0);
-    for (int64_t column = 0; column < tile->columns; column++) {
-        real* at = tile->scores + column * tile->rows + row;
-        const vector weight = vector_exp2(vector_load(at) * panel->factor - reference);
+    const int64_t rows = tile->rows, columns = tile->columns;
+    real* scores = tile->scores + row;
+    const float factor = panel->factor;
+    int64_t column = 0;
+    for (; column + 1 < columns; column += 2) {
+        real* at = scores + column * rows;
+        vector weights[2] = {vector_load(at) * factor - reference, vector_load(at + rows) * factor - reference};
+        vectors_exp2(weights, 2);
+        sum += weights[0];
+        sum += weights[1];
+        vector_store(at, weights[0]);
+        vector_store(at + rows, weights[1]);
+    }
+    if (column < columns) {
+        const vector weight = vector_exp2(vector_load(scores + column * rows) * factor - reference);
         sum += weight;
-        vector_store(at, weight);
+        vector_store(scores + column * rows, weight);
     }
     const vector rescale = vector_exp2(old - reference);
     vector_store(statistics->highest + row, highest);
@@ -178,15 +206,17 @@ static void weigh_plain_panel(forward_workspace* panel) {
         vector largest = vector_of(-INFINITY);
         vector probe = vector_of(0); /* NaN once an attended score is not finite */
         vector_mask any = (vector_mask)(real_bits)-tile->full;
+        const int64_t rows = tile->rows, columns = tile->columns;
+        real* scores = tile->scores + row;
         if (tile->full) {
-            for (int64_t column = 0; column < tile->columns; column++) {
-                const vector score = vector_load(tile->scores + column * tile->rows + row);
+            for (int64_t column = 0; column < columns; column++) {
+                const vector score = vector_load(scores + column * rows);
                 largest = vector_max(largest, score);
                 probe += score * 0.0f;
             }
         } else {
-            for (int64_t column = 0; column < tile->columns; column++) {
-                real* at = tile->scores + column * tile->rows + row;
+            for (int64_t column = 0; column < columns; column++) {
+                real* at = scores + column * rows;
                 const vector_mask attended = attended_rows(tile, column, row);
                 any |= attended;
                 const vector score = vector_load(at);

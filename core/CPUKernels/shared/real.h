@@ -1,8 +1,8 @@
 /* The arithmetic of a kernel: its real type, vectors of it, and the functions that the softmax needs.
  *
- * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type. A vector holds 64 bytes whatever the instruction set; the
- * compiler splits it into registers. All operations on vectors are lane by lane, so a row's result does not depend on the rows beside it.
- * */
+ * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type, KERNEL_SCALEF says that the instruction set has vscalefps
+ * and vreduceps. A vector holds 64 bytes whatever the instruction set; the compiler splits it into registers. All operations on vectors are
+ * lane by lane, so a row's result does not depend on the rows beside it. */
 
 #if KERNEL_FP64
 typedef double real;
@@ -88,21 +88,47 @@ INLINE vector vector_exp(vector x) {
     return vector_select(x > 88.3f, vector_of(INFINITY), e);
 }
 
-/* 2^x within two units in the last place for normal results; smaller ones, and that of -inf, are 0; 2^0 is exactly 1. For x below 128; that
- * of NaN is not defined. 2^n from the exponent bits, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2. */
-INLINE vector vector_exp2(vector x) {
+/* Each x becomes 2^x within two units in the last place for normal results; smaller ones, and that of -inf, are 0; 2^0 is exactly 1. For x
+ * below 128; that of NaN is not defined. `count`: at most 4. */
+#if defined(KERNEL_SCALEF)
+/* 2^floor(x) by an instruction, the rest from the polynomial of least relative error (8.3e-8) on 0 ... 1. */
+INLINE void vectors_exp2(vector* x, const int count) {
+    for (int k = 0; k < count; k++) {
+        const __m512 argument = (__m512)x[k];
+        const __m512 rest = _mm512_reduce_ps(argument, 0x09); /* argument - floor(argument) */
+        __m512 power = _mm512_set1_ps(1.8671300e-3f);
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(9.0170307e-3f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(5.5799913e-2f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(2.4016444e-1f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(6.931513e-1f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0f));
+        const __mmask16 normal = _mm512_cmp_ps_mask(argument, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+        x[k] = (vector)_mm512_maskz_scalef_ps(normal, power, argument);
+    }
+}
+#else
+/* 2^n from the exponent bits, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2. Operation by operation for all
+ * of them: one after the other, they would fill a processor's schedulers with what waits. */
+INLINE void vectors_exp2(vector* x, const int count) {
     const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
-    vector shifted = x + round_to_integer;
-    vector r = x - (shifted - round_to_integer);
-    vector e = vector_of(1.3264727e-3f);
-    e = e * r + 9.671513e-3f;
-    e = e * r + 5.5507336e-2f;
-    e = e * r + 2.4022242e-1f;
-    e = e * r + 6.93147e-1f;
-    e = e * r + 1.0f;
-    vector_mask exponent = *(vector_mask*)&shifted << 23;
-    vector_mask bits = *(vector_mask*)&e + exponent;
-    return vector_select(x < -126.0f, vector_of(0), *(vector*)&bits);
+    vector shifted[4], r[4], e[4];
+    for (int k = 0; k < count; k++) shifted[k] = x[k] + round_to_integer;
+    for (int k = 0; k < count; k++) r[k] = x[k] - (shifted[k] - round_to_integer);
+    for (int k = 0; k < count; k++) e[k] = 1.3264727e-3f * r[k] + 9.671513e-3f;
+    for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 5.5507336e-2f;
+    for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 2.4022242e-1f;
+    for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 6.93147e-1f;
+    for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 1.0f;
+    for (int k = 0; k < count; k++) {
+        const vector_mask bits = *(const vector_mask*)&e[k] + (*(const vector_mask*)&shifted[k] << 23);
+        x[k] = vector_select(x[k] < -126.0f, vector_of(0), *(const vector*)&bits);
+    }
+}
+#endif
+
+INLINE vector vector_exp2(vector x) {
+    vectors_exp2(&x, 1);
+    return x;
 }
 
 /* tanh(x) within a few units in the last place: Cephes' odd polynomial (tanhf) for small arguments, else 1 - 2 / (e^2|x| + 1). */
