@@ -29,12 +29,3 @@ INLINE void interleave_rows(const int8_t* rows, int64_t pitch, int64_t channels,
         for (int64_t k = 0; k < STEP; k++) out[d * STEP + k] = (int8_t)(rows[k * pitch + d] ^ (int8_t)VALUE_BIAS);
     }
 }
-
-/* Weights rounded to integers, four bytes a lane. */
-INLINE int_vector pack_rounded(const vector weights[STEP]) {
-    const vector round_to_integer = vector_of(12582912.0f); /* leaves the integer in the low byte */
-    const vector w0 = weights[0] + round_to_integer, w1 = weights[1] + round_to_integer;
-    const vector w2 = weights[2] + round_to_integer, w3 = weights[3] + round_to_integer;
-    const int_vector low = (*(const int_vector*)&w0 & 0xFF) | ((*(const int_vector*)&w1 & 0xFF) << 8);
-    return low | ((*(const int_vector*)&w2 & 0xFF) << 16) | (*(const int_vector*)&w3 << 24);
-}

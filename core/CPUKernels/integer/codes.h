@@ -4,16 +4,22 @@
 typedef int8_t sixteen_codes __attribute__((ext_vector_type(16)));
 typedef sixteen_codes sixteen_codes_in_memory __attribute__((aligned(1)));
 
-/* 2^x within 3e-6 of the result, for x below 128; 0 for what is less than the smallest normal number. */
-INLINE vector short_exp2(vector x) {
-    const float round_to_integer = 12582912.0f; /* see vector_exp2() */
-    vector shifted = x + round_to_integer;
-    vector r = x - (shifted - round_to_integer);
-    vector e = vector_of(9.570102e-3f);
-    e = e * r + 5.591786e-2f;
-    e = e * r + 2.4024744e-1f;
-    e = e * r + 6.931218e-1f;
-    e = e * r + 0.9999993f;
-    vector_mask bits = *(vector_mask*)&e + (*(vector_mask*)&shifted << 23);
-    return vector_select(x < -126.0f, vector_of(0), *(vector*)&bits);
+/* The logarithm of weights that are none: finite, so that no arithmetic on it is NaN. Rows whose scores reach it are left to the reference. */
+static const float NO_WEIGHT = -1e38f;
+
+/* Each x becomes 2^x within 8e-5 of it, for x below 128, or the smallest normal number for what is less. Operation by operation, for all of
+ * them: one after the other they would fill a processor's schedulers with what waits. */
+INLINE void short_exp2(vector x[STEP]) {
+    const float round_to_integer = 12582912.0f; /* see vectors_exp2() */
+    vector shifted[STEP], e[STEP];
+    for (int k = 0; k < STEP; k++) x[k] = vector_max(vector_of(-126.0f), x[k]);
+    for (int k = 0; k < STEP; k++) shifted[k] = x[k] + round_to_integer;
+    for (int k = 0; k < STEP; k++) x[k] -= shifted[k] - round_to_integer;
+    for (int k = 0; k < STEP; k++) e[k] = 0.05517167f * x[k] + 0.24261113f;
+    for (int k = 0; k < STEP; k++) e[k] = e[k] * x[k] + 0.69326097f;
+    for (int k = 0; k < STEP; k++) e[k] = e[k] * x[k] + 0.99992806f;
+    for (int k = 0; k < STEP; k++) {
+        const vector_mask bits = *(const vector_mask*)&e[k] + (*(const vector_mask*)&shifted[k] << 23);
+        x[k] = *(const vector*)&bits;
+    }
 }

@@ -9,8 +9,12 @@
  *   add_weighted(sums, lanes, codes)  the same of weights and values
  *   LANES_OF_ONES, SIGNED_ONES        lanes and codes that are all 1, where there is a bias
  *   interleave_rows()                 writes STEP rows of bytes as [channel][STEP] codes, plus VALUE_BIAS
- *   weight_exp2(x)                    2^x within 3e-6 of the result, 0 for -inf
- *   pack_weights(weights)             STEP vectors of numbers 0 ... 255, rounded to integers, as lanes */
+ *   weight_exp2(x)                    STEP vectors become 2^x within 8e-5 of it; for NO_WEIGHT next to nothing
+ *   WEIGHT_FRACTION_BITS              weights are computed as 0 ... 255, times 2 to the power of this
+ *   weight_offset, weight_offset_of() an offset of a weight, as rounding uses it
+ *   weight_offset_place(column)       where that of a column lies
+ *   round_weights(weights, offsets)   STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
+ *                                     adding the offset of their column */
 enum { STEP = 2, QUERY_BIAS = 0, VALUE_BIAS = 0 };
 typedef int16_t lane_code;
 typedef int16_t signed_code;
@@ -54,8 +58,12 @@ INLINE void interleave_rows(const int8_t* rows, int64_t pitch, int64_t channels,
     }
 }
 
-INLINE int_vector pack_weights(const vector weights[STEP]) {
-    const vector round_to_integer = vector_of(12582912.0f); /* leaves the integer in the low half, whose high bits are 0 */
-    const vector first = weights[0] + round_to_integer, second = weights[1] + round_to_integer;
-    return (*(const int_vector*)&first & 0xFFFF) | (*(const int_vector*)&second << 16);
+#include "weights_short.h"
+
+INLINE int64_t weight_offset_place(int64_t column) {
+    return column;
+}
+
+INLINE int_vector round_weights(const vector weights[STEP], const weight_offset offsets[STEP]) {
+    return round_pair(weights[0], weights[1], offsets);
 }

@@ -3,6 +3,7 @@ enum { QUERY_BIAS = 128, VALUE_BIAS = 0 };
 typedef uint8_t lane_code;
 
 #include "bytes.h"
+#include "weights_float.h"
 
 #define add_weighted add_products
 
@@ -19,18 +20,19 @@ INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector cod
 }
 
 /* 2^floor(x) from the exponent, the rest from the polynomial of least relative error on 0 ... 1. */
-INLINE vector weight_exp2(vector x) {
-    const __m512 argument = _mm512_max_ps((__m512)x, _mm512_set1_ps(-1000)); /* the rest of -inf is NaN */
-    const __m512 rest = _mm512_reduce_ps(argument, 0x09);                    /* argument - floor(argument) */
-    __m512 power = _mm512_set1_ps(0.013534167781472206f);
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.05201146379113197f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.2414427548646927f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.6930038332939148f));
-    power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(1.0000026226043701f));
-    return (vector)_mm512_scalef_ps(power, argument);
+INLINE void weight_exp2(vector x[STEP]) {
+    for (int k = 0; k < STEP; k++) {
+        const __m512 rest = _mm512_reduce_ps((__m512)x[k], 0x09); /* x - floor(x) */
+        __m512 power = _mm512_set1_ps(0.07802452f);
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.22606716f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69583356f));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.9999252f));
+        x[k] = (vector)_mm512_scalef_ps(power, (__m512)x[k]);
+    }
 }
 
-INLINE int_vector pack_weights(const vector weights[STEP]) {
+INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
+    add_offsets(weights, offsets);
     const __m512i w0 = _mm512_cvtps_epi32((__m512)weights[0]), w1 = _mm512_cvtps_epi32((__m512)weights[1]);
     const __m512i w2 = _mm512_cvtps_epi32((__m512)weights[2]), w3 = _mm512_cvtps_epi32((__m512)weights[3]);
     const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(w0, w1), _mm512_packs_epi32(w2, w3));

@@ -8,10 +8,10 @@ enum { QUERY_BIAS = 0, VALUE_BIAS = 128 };
 typedef int8_t lane_code;
 
 #include "bytes.h"
+#include "weights_float.h"
 
 #define LANES_OF_ONES ((int_vector)0x01010101)
 #define weight_exp2 short_exp2
-#define pack_weights pack_rounded
 
 typedef int32_t quarter_vector __attribute__((ext_vector_type(4)));
 
@@ -48,4 +48,13 @@ INLINE quarter_vector add_weighted_quarter(quarter_vector sums, quarter_vector l
 /* Weights by values. */
 INLINE int_vector add_weighted(int_vector sums, int_vector lanes, int_vector codes) {
     BY_QUARTERS(add_weighted_quarter);
+}
+
+INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
+    const vector round_to_integer = vector_of(12582912.0f); /* leaves the integer in the low byte */
+    add_offsets(weights, offsets);
+    const vector w0 = weights[0] + round_to_integer, w1 = weights[1] + round_to_integer;
+    const vector w2 = weights[2] + round_to_integer, w3 = weights[3] + round_to_integer;
+    const int_vector low = (*(const int_vector*)&w0 & 0xFF) | ((*(const int_vector*)&w1 & 0xFF) << 8);
+    return low | ((*(const int_vector*)&w2 & 0xFF) << 16) | (*(const int_vector*)&w3 << 24);
 }

@@ -20,9 +20,9 @@
  * the sum alone. INT4 codes are unpacked, their zero points subtracted, when a block is read.
  *
  * Numerical contract: codes and dot products are exact, the same bits for every instruction set; scores, statistics and the output are FP32;
- * a weight has an error of at most 1/510 of its block's largest, one below 8/255 of it at most 1/255, without bias; the sum, and so
- * logsumexp, is that of unrounded exponentials within 1e-5. Rows whose scores are not finite, and sequences with zero points beyond a byte
- * or extreme scales, are left to the reference kernels. */
+ * a weight has an error of at most 1/510 of its block's largest (with WEIGHT_FRACTION_BITS, a little more), one below 8/255 of it at most
+ * 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-4. Rows whose scores are not finite, and
+ * sequences with zero points beyond a byte or extreme scales, are left to the reference kernels. */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
@@ -159,7 +159,7 @@ typedef struct {
     lane_code* weights;        /* [TILE_COLUMNS / STEP][PANEL_ROWS][STEP] */
     int32_t* weight_sums;      /* [PANEL_ROWS]: -VALUE_BIAS * sum of a block's rounded weights */
     float* block_factors;      /* [PANEL_ROWS]: what a block's integer sums are multiplied by */
-    float* offsets;            /* [TILE_COLUMNS]: what is added to a small weight before it is rounded to the nearest */
+    weight_offset* offsets;    /* [TILE_COLUMNS]: what is added to a small weight before it is rounded to the nearest */
     column_block block;
     real* rows; /* [PANEL_ROWS][row_pitch] */
     int64_t row_pitch;
@@ -184,7 +184,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->weights = workspace_take(&cursor, TILE_COLUMNS * PANEL_ROWS, sizeof(lane_code));
     workspace->weight_sums = workspace_take(&cursor, PANEL_ROWS, sizeof(int32_t));
     workspace->block_factors = workspace_take_reals(&cursor, PANEL_ROWS);
-    workspace->offsets = workspace_take_reals(&cursor, TILE_COLUMNS);
+    workspace->offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(weight_offset));
     block->key_memory = workspace_take(&cursor, TILE_COLUMNS * codes, sizeof(signed_code));
     block->values = workspace_take(&cursor, TILE_COLUMNS * head_dim_v, sizeof(signed_code));
     block->key_offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(int32_t));
@@ -192,7 +192,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     block->value_logs = workspace_take_reals(&cursor, TILE_COLUMNS);
     block->value_inverses = workspace_take_reals(&cursor, TILE_COLUMNS);
     block->zero = workspace_take(&cursor, TILE_COLUMNS, 1);
-    workspace->row_pitch = round_up(head_dim_v, LANES);
+    workspace->row_pitch = round_up(maximum(head_dim_v, steps_of(attention->head_dim)), LANES);
     workspace->rows = workspace_take_reals(&cursor, PANEL_ROWS * workspace->row_pitch);
     return cursor.used;
 }
@@ -236,11 +236,11 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
     if (means) means += at->b * key->mean_strides[0] + at->kv_head * key->mean_strides[1];
     const int64_t head_dim = attention->head_dim, steps = steps_of(head_dim), rows = tile->rows;
     int8_t differences[CPU_MAX_HEAD_DIM + STEP];
-    if (tile->valid_rows < rows) memset(panel->query, 0, (size_t)(steps * STEP * rows) * sizeof(lane_code));
     for (int64_t row = 0; row < rows; row++) {
         panel->query_scales[row] = 0;
         panel->mean_scores[row] = 0;
     }
+    memset(panel->rows + tile->valid_rows * panel->row_pitch, 0, (size_t)((rows - tile->valid_rows) * panel->row_pitch) * sizeof(real));
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
         load_differences(query, at->b, place.h, place.i, head_dim, differences);
@@ -250,11 +250,11 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
         for (int64_t d = 0; d < head_dim && means; d++) sum += (scale * (float)differences[d]) * means[d];
         panel->mean_scores[row] = sum;
         for (int64_t d = head_dim; d < steps * STEP; d++) differences[d] = 0;
-        for (int64_t step = 0; step < steps; step++) {
-            lane_code* out = panel->query + (step * rows + row) * STEP;
-            for (int64_t k = 0; k < STEP; k++) out[k] = (lane_code)(differences[step * STEP + k] + QUERY_BIAS);
-        }
+        lane_code* codes = (lane_code*)(panel->rows + row * panel->row_pitch);
+        for (int64_t d = 0; d < steps * STEP; d++) codes[d] = (lane_code)(differences[d] + QUERY_BIAS);
     }
+    /* STEP codes have the size of a number. */
+    transpose_floats(panel->rows, panel->row_pitch, rows, steps, (float*)panel->query, rows);
 }
 
 /* Whether keys are used where they lie. */
@@ -344,6 +344,7 @@ static void load_values(const cpu_attention* attention, forward_workspace* item,
             block->value_logs[column + k] = logarithm;
             block->value_inverses[column + k] = 1 / scale;
         }
+        for (int64_t k = present; k < STEP; k++) block->value_inverses[column + k] = 0;
     }
 }
 
@@ -479,10 +480,10 @@ static void accumulate_output(const forward_workspace* panel, int64_t channels) 
 /* ---- Softmax ------------------------------------------------------------------------------------------------------------------------- */
 
 /* Offsets -1/2 ..< 1/2 of a block's columns, as evenly spread over any run of columns as can be: multiples of the golden ratio. */
-static void spread_offsets(float* offsets) {
+static void spread_offsets(weight_offset* offsets) {
     for (int64_t column = 0; column < TILE_COLUMNS; column++) {
-        float multiple = (float)column * 0.6180339887f;
-        offsets[column] = multiple - floorf(multiple) - 0.5f;
+        const float multiple = (float)column * 0.6180339887f;
+        offsets[weight_offset_place(column)] = weight_offset_of(multiple - floorf(multiple) - 0.5f);
     }
 }
 
@@ -494,54 +495,57 @@ typedef struct {
 
 /* Takes keys whose value is 0 out of tile.scores. */
 INLINE zero_values take_zero_values(const column_block* block, const score_tile* tile, int64_t row) {
-    zero_values taken = {.highest = vector_of(-INFINITY), .sum = vector_of(0)};
+    zero_values taken = {.highest = vector_of(NO_WEIGHT), .sum = vector_of(0)};
     for (int64_t column = 0; column < tile->columns; column++) {
         if (block->zero[column]) taken.highest = vector_max(taken.highest, vector_load(tile->scores + column * tile->rows + row));
     }
-    const vector reference = vector_select(taken.highest == -INFINITY, vector_of(0), taken.highest);
+    const vector reference = vector_select(taken.highest == NO_WEIGHT, vector_of(0), taken.highest);
     for (int64_t column = 0; column < tile->columns; column++) {
         if (!block->zero[column]) continue;
         float* at = tile->scores + column * tile->rows + row;
         taken.sum += vector_exp2(vector_load(at) - reference);
-        vector_store(at, vector_of(-INFINITY));
+        vector_store(at, vector_of(NO_WEIGHT));
     }
     return taken;
 }
 
-/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms, -inf
- * where there is none, of which `highest` is the largest; `offset` is what scores have in addition. */
+/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms,
+ * NO_WEIGHT where there is none, of which `highest` is the largest; `offset` is what scores have in addition. */
 INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, vector offset, zero_values zeros) {
     const score_tile* tile = &panel->tile;
     const row_statistics* statistics = &panel->statistics;
-    const float* inverses = panel->block.value_inverses;
-    const vector reference = vector_select(highest == -INFINITY, vector_of(0), highest) - LOG2_255;
+    const vector shift = LOG2_255 + WEIGHT_FRACTION_BITS - vector_select(highest == NO_WEIGHT, vector_of(0), highest);
 
+    /* In variables of their own: for all the compiler knows, weights are written over the workspace. */
+    const int64_t rows = tile->rows, columns = round_up(tile->columns, STEP);
+    const float* inverses = panel->block.value_inverses;
+    const weight_offset* offsets = panel->offsets;
+    float* scores = tile->scores + row;
+    lane_code* out = panel->weights + row * STEP;
     vector sum = vector_of(0);
     int_vector weight_sum = 0;
-    for (int64_t column = 0; column < tile->columns; column += STEP) {
+    for (int64_t column = tile->columns; column < columns; column++) vector_store(scores + column * rows, vector_of(NO_WEIGHT));
+    for (int64_t column = 0; column < columns; column += STEP) {
         vector weights[STEP];
-#pragma clang loop unroll(full)
-        for (int k = 0; k < STEP; k++) {
-            weights[k] = vector_of(0);
-            if (column + k >= tile->columns) continue;
-            const vector weight = weight_exp2(vector_load(tile->scores + (column + k) * tile->rows + row) - reference);
-            sum += weight * inverses[column + k];
-            const vector spread = vector_select(weight < 8, vector_of(panel->offsets[column + k]), vector_of(0));
-            weights[k] = weight + spread;
-        }
-        const int_vector packed = pack_weights(weights);
+        for (int k = 0; k < STEP; k++) weights[k] = vector_load(scores + (column + k) * rows) + shift;
+        weight_exp2(weights);
+        for (int k = 0; k < STEP; k++) sum += weights[k] * inverses[column + k];
+        const int_vector packed = round_weights(weights, offsets + column);
         if (VALUE_BIAS) weight_sum = add_weighted(weight_sum, packed, SIGNED_ONES);
-        *(int_vector*)(panel->weights + (column * tile->rows + row * STEP)) = packed;
+        *(int_vector*)(out + column * rows) = packed;
     }
     if (VALUE_BIAS) *(int_vector*)(panel->weight_sums + row) = weight_sum * -VALUE_BIAS;
 
+    *(vector_mask*)(tile->infinite + row) |= highest > -NO_WEIGHT;
     const vector old = vector_load(statistics->highest + row);
-    const vector block = highest + offset, zero_block = zeros.highest + offset;
+    const vector block = vector_select(highest == NO_WEIGHT, vector_of(-INFINITY), highest + offset);
+    const vector zero_block = vector_select(zeros.highest == NO_WEIGHT, vector_of(-INFINITY), zeros.highest + offset);
     const vector joined = vector_max(vector_max(old, block), zero_block);
     const vector origin = vector_select(joined == -INFINITY, vector_of(0), joined);
     const vector rescale = vector_exp2(old - origin);
     const vector factor = vector_exp2(block - origin) * (1.0f / 255.0f);
-    const vector total = vector_load(statistics->sum + row) * rescale + sum * factor + zeros.sum * vector_exp2(zero_block - origin);
+    sum *= factor * (1.0f / (1 << WEIGHT_FRACTION_BITS));
+    const vector total = vector_load(statistics->sum + row) * rescale + sum + zeros.sum * vector_exp2(zero_block - origin);
     vector_store(statistics->highest + row, joined);
     vector_store(statistics->rescale + row, rescale);
     vector_store(statistics->sum + row, total);
@@ -550,7 +554,7 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
 
 /* The highest of a vector of rows in tile.scores. */
 INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
-    vector highest = vector_of(-INFINITY);
+    vector highest = vector_of(NO_WEIGHT);
     for (int64_t column = 0; column < tile->columns; column++) {
         highest = vector_max(highest, vector_load(tile->scores + column * tile->rows + row));
     }
@@ -563,25 +567,29 @@ static void weigh_plain_block(const cpu_attention* attention, forward_workspace*
     const column_block* block = &panel->block;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         const vector scale = vector_load(panel->query_scales + row);
-        vector_mask any = (vector_mask)(real_bits)-tile->full;
-        vector highest = vector_of(-INFINITY);
-        for (int64_t column = 0; column < tile->columns; column++) {
-            float* at = tile->scores + column * tile->rows + row;
+        const bool full = tile->full;
+        const int64_t rows = tile->rows, columns = tile->columns;
+        const float *key_scales = block->key_scales, *value_logs = block->value_logs;
+        float* scores = tile->scores + row;
+        vector_mask any = (vector_mask)(real_bits)-full;
+        vector highest = vector_of(NO_WEIGHT);
+        for (int64_t column = 0; column < columns; column++) {
+            float* at = scores + column * rows;
             const vector product = __builtin_convertvector(*(const int_vector*)at, vector);
-            vector logarithm = product * (scale * block->key_scales[column]) + block->value_logs[column];
-            if (!tile->full) {
+            vector logarithm = product * (scale * key_scales[column]) + value_logs[column];
+            if (!full) {
                 const vector_mask attended = attended_rows(tile, column, row);
                 any |= attended;
-                logarithm = vector_select(attended, logarithm, vector_of(-INFINITY));
+                logarithm = vector_select(attended, logarithm, vector_of(NO_WEIGHT));
             }
             highest = vector_max(highest, logarithm);
             vector_store(at, logarithm);
         }
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
         const vector size = highest + offset;
-        *(vector_mask*)(tile->infinite + row) |= (size - size != 0) & any;
+        *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (highest == NO_WEIGHT)) & any;
         *(vector_mask*)(panel->statistics.attended + row) |= any;
-        zero_values zeros = {.highest = vector_of(-INFINITY), .sum = vector_of(0)};
+        zero_values zeros = {.highest = vector_of(NO_WEIGHT), .sum = vector_of(0)};
         if (block->any_zero) {
             zeros = take_zero_values(block, tile, row);
             highest = highest_of_block(tile, row);
@@ -612,7 +620,8 @@ static void weigh_general_block(const cpu_attention* attention, forward_workspac
         for (int64_t column = 0; column < tile->columns; column++) {
             float* at = tile->scores + column * tile->rows + row;
             attended |= tile->full ? (vector_mask)(real_bits)-1 : *(vector_mask*)(tile->attended + column * tile->rows + row);
-            vector_store(at, vector_load(at) * (float)(1 / LN_2) + panel->block.value_logs[column]);
+            const vector logarithm = vector_load(at) * (float)(1 / LN_2) + panel->block.value_logs[column];
+            vector_store(at, vector_max(vector_of(NO_WEIGHT), logarithm));
         }
         *(vector_mask*)(panel->statistics.attended + row) = attended;
         const zero_values zeros = take_zero_values(&panel->block, tile, row);

@@ -123,7 +123,8 @@ static inline bool has_codes(const cpu_tensor* tensor) {
 
 /* Index of the first scale of row s, and of its first zero point. */
 static inline int64_t scale_index(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
-    return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + s / tensor->scale_tokens * tensor->scale_strides[2];
+    const int64_t step = tensor->scale_tokens == 1 ? s : s / tensor->scale_tokens; /* a division takes longer than all the rest */
+    return b * tensor->scale_strides[0] + h * tensor->scale_strides[1] + step * tensor->scale_strides[2];
 }
 
 /* The byte that holds the INT4 code of channel d of the row that begins at `offset`; the code is its low nibble if d is even, else its high

@@ -28,7 +28,7 @@ INLINE void transpose_eight(const float* source, int64_t source_pitch, float* ta
     }
 }
 
-/* target[channel][row] = source[row][channel]. */
+/* target[channel][row] = source[row][channel]. Bits are moved as they are: they need not be those of numbers. */
 static void transpose_floats(const float* source, int64_t source_pitch, int64_t rows, int64_t channels, float* target,
                              int64_t target_pitch) {
     const int64_t whole_rows = rows / 8 * 8, whole_channels = channels / 8 * 8;
@@ -39,7 +39,7 @@ static void transpose_floats(const float* source, int64_t source_pitch, int64_t 
     }
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t channel = row < whole_rows ? whole_channels : 0; channel < channels; channel++) {
-            target[channel * target_pitch + row] = source[row * source_pitch + channel];
+            memcpy(target + channel * target_pitch + row, source + row * source_pitch + channel, sizeof(float));
         }
     }
 }

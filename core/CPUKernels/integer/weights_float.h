@@ -1,0 +1,15 @@
+/* Weights that are rounded as FP32 numbers. */
+enum { WEIGHT_FRACTION_BITS = 0 };
+typedef float weight_offset;
+
+INLINE int64_t weight_offset_place(int64_t column) {
+    return column;
+}
+
+INLINE weight_offset weight_offset_of(float offset) {
+    return offset;
+}
+
+INLINE void add_offsets(vector weights[STEP], const weight_offset offsets[STEP]) {
+    for (int k = 0; k < STEP; k++) weights[k] += vector_select(weights[k] < 8, vector_of(offsets[k]), vector_of(0));
+}
