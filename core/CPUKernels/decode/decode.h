@@ -29,7 +29,7 @@
 #include <float.h>
 #include <math.h>
 #include <string.h>
-#if KERNEL_INTEGER
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -59,8 +59,10 @@ enum {
     PART_KEYS = 512,  /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
     BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
     ROWS = 4,         /* query rows that share a register of keys or values */
+    SIDE_BY_SIDE = 2, /* vectors whose exponentials are computed together */
     CACHE_LINE = 64,
 };
+_Static_assert(BLOCK_KEYS % (SIDE_BY_SIDE * LANES) == 0, "a block is whole groups of vectors");
 
 #include "slices.h"
 #if KERNEL_INTEGER
@@ -189,12 +191,15 @@ static size_t decode_workspace_bytes(const cpu_attention* attention) {
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
 #if KERNEL_INTEGER
+/* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits. */
+static const float TO_INTEGER = 12582912.0f;
+
 /* A query's numbers: its codes, if they are meant to be multiplied as they are, else its channels rounded to 16 bits. */
 static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels,
                         decode_workspace* workspace) {
     const cpu_tensor* query = &attention->query;
     const row_place place = place_of_row(attention, at, row);
-    const int64_t head_dim = attention->head_dim;
+    const int64_t head_dim = attention->head_dim, padded = workspace->key.padded;
     float scale = 1;
     bool exact = has_codes(query) && query->scale_strides[3] == 0 && !query->zero_points && !has_channel_scales(&workspace->key.tensor);
     if (exact) {
@@ -203,15 +208,22 @@ static void round_query(const cpu_attention* attention, const head_position* at,
         for (int64_t d = 0; d < head_dim; d++) channels[d] = codes[d];
         if (query->scales) scale = query->scales[scale_index(query, at->b, place.h, place.i)];
     } else {
-        float highest = FLT_MIN;
-        for (int64_t d = 0; d < head_dim; d++) highest = fabsf(channels[d]) > highest ? fabsf(channels[d]) : highest;
-        scale = highest / LARGEST_NUMBER;
-        for (int64_t d = 0; d < head_dim; d++) channels[d] = rintf(channels[d] / highest * LARGEST_NUMBER);
+        vector highest = vector_of(FLT_MIN);
+        for (int64_t d = 0; d < padded; d += LANES) {
+            const vector numbers = vector_load(channels + d);
+            highest = vector_max(vector_max(highest, numbers), -numbers);
+        }
+        const float largest = highest_of_lanes(highest);
+        scale = largest / LARGEST_NUMBER;
+        for (int64_t d = 0; d < padded; d += LANES) {
+            const vector shifted = vector_load(channels + d) / largest * (float)LARGEST_NUMBER + TO_INTEGER;
+            vector_store(channels + d, shifted - TO_INTEGER);
+        }
     }
-    float sum = 0;
-    for (int64_t d = 0; d < head_dim; d++) sum += channels[d];
+    vector sums = vector_of(0);
+    for (int64_t d = 0; d < padded; d += LANES) sums += vector_load(channels + d);
     workspace->query_scales[row] = scale;
-    workspace->query_sums[row] = sum;
+    workspace->query_sums[row] = sum_of_lanes(sums);
 }
 #endif
 
@@ -287,7 +299,6 @@ typedef number vector_of_numbers __attribute__((ext_vector_type(LANES)));
 
 /* Rounds a row's weights to multiples of their largest one's share of LARGEST_NUMBER. */
 static void round_weights(int64_t row, decode_workspace* workspace) {
-    const float to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
     const operand* value = &workspace->value;
     const float* weights = workspace->scores + row * BLOCK_KEYS;
     vector highest = vector_of(0), excess = vector_of(0);
@@ -296,10 +307,10 @@ static void round_weights(int64_t row, decode_workspace* workspace) {
     const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
     const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
     for (int64_t column = 0; column < value->columns; column += LANES) {
-        const vector shifted = vector_load(weights + column) * factor + to_integer;
+        const vector shifted = vector_load(weights + column) * factor + TO_INTEGER;
         const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
         memcpy(workspace->weights + row * BLOCK_KEYS + column, &rounded, sizeof rounded);
-        excess += (shifted - to_integer) * vector_load(value->zero_points + column);
+        excess += (shifted - TO_INTEGER) * vector_load(value->zero_points + column);
     }
     workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
     workspace->excess[row] = sum_of_lanes(excess);
@@ -324,7 +335,8 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     float* scores = workspace->scores + row * BLOCK_KEYS;
 
     vector highest = vector_of(-INFINITY);
-    for (int64_t column = 0; column < columns; column += LANES) {
+    vector_mask is_nan = 0;
+    for (int64_t column = 0; column < round_up(columns, SIDE_BY_SIDE * LANES); column += LANES) {
         vector score = vector_load(scores + column);
 #if KERNEL_INTEGER
         score = (score - vector_load(workspace->key.zero_points + column) * workspace->query_sums[row]) * workspace->query_scales[row];
@@ -340,6 +352,7 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
         const real_bits here = (real_bits)(attended >> column & 0xFFFF);
         if (here != 0xFFFF) score = vector_select(((vector_mask)here & lane_bits) != 0, score, vector_of(-INFINITY));
         highest = vector_max(highest, score);
+        is_nan |= score != score;
         vector_store(scores + column, score);
     }
     partial->attended = true;
@@ -352,12 +365,19 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     }
     const float reference = partial->highest;
     vector sums = vector_of(0);
-    for (int64_t column = 0; column < columns; column += LANES) {
-        const vector weight = vector_exp(vector_load(scores + column) - reference);
-        sums += weight;
-        vector_store(scores + column, weight * vector_load(value_scales + column));
+    for (int64_t column = 0; column < columns; column += SIDE_BY_SIDE * LANES) {
+        vector weights[SIDE_BY_SIDE];
+        for (int n = 0; n < SIDE_BY_SIDE; n++) {
+            weights[n] = (vector_load(scores + column + n * LANES) - reference) * (float)(1 / LN_2);
+        }
+        vectors_exp2(weights, SIDE_BY_SIDE);
+        for (int n = 0; n < SIDE_BY_SIDE; n++) {
+            sums += weights[n];
+            vector_store(scores + column + n * LANES, weights[n] * vector_load(value_scales + column + n * LANES));
+        }
     }
-    partial->sum = partial->sum * rescale + sum_of_lanes(sums);
+    const bool is_known = !vector_any(is_nan) && reference - reference == 0; /* exponentials do not tell */
+    partial->sum = partial->sum * rescale + (is_known ? sum_of_lanes(sums) : NAN);
     workspace->rescale[row] = rescale;
 #if KERNEL_INTEGER
     round_weights(row, workspace);

@@ -132,12 +132,11 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     }
 }
 
-/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. */
+/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Rows that follow one another are one. */
 typedef struct {
-    const char* row;
-    int64_t stride, bytes; /* from row to row; of a row */
-    int64_t rows;          /* left */
-    int64_t line;          /* of the row at hand, in bytes from its start */
+    const char *line, *end; /* the next line, and the end of its row */
+    int64_t stride, bytes;  /* from row to row; of a row */
+    int64_t rows;           /* behind this one */
     int64_t lines_at_once;
 } row_stream;
 
@@ -146,21 +145,30 @@ static row_stream stream_rows(const operand* operand, int64_t first, int64_t row
     row_stream stream = {0};
     if (!operand->in_place || rows <= 0) return stream;
     stream.bytes = row_bytes(operand->precision, operand->channels);
-    stream.row = row_in_memory(operand, first);
     stream.stride = operand->tensor.strides[2] * row_bytes(operand->precision, 2) / 2;
-    stream.rows = rows;
     stream.lines_at_once = divide_up(rows * divide_up(stream.bytes, CACHE_LINE), times);
+    if (stream.stride == stream.bytes) {
+        stream.bytes *= rows;
+        rows = 1;
+    }
+    stream.line = row_in_memory(operand, first);
+    stream.end = stream.line + stream.bytes;
+    stream.rows = rows - 1;
     return stream;
 }
 
 INLINE void fetch_lines(row_stream* stream) {
-    for (int64_t k = 0; k < stream->lines_at_once && stream->rows > 0; k++) {
-        __builtin_prefetch(stream->row + stream->line);
-        stream->line += CACHE_LINE;
-        if (stream->line >= stream->bytes) {
-            stream->line = 0;
-            stream->row += stream->stride;
+    const char *line = stream->line, *end = stream->end;
+#pragma clang loop unroll(disable)
+    for (int64_t left = stream->lines_at_once; left > 0; left--, line += CACHE_LINE) {
+        if (line >= end) {
+            if (stream->rows == 0) break;
             stream->rows--;
+            line = end + (stream->stride - stream->bytes);
+            end += stream->stride;
         }
+        __builtin_prefetch(line);
     }
+    stream->line = line;
+    stream->end = end;
 }
