@@ -209,11 +209,23 @@ static void weigh_plain_panel(forward_workspace* panel) {
         const int64_t rows = tile->rows, columns = tile->columns;
         real* scores = tile->scores + row;
         if (tile->full) {
-            for (int64_t column = 0; column < columns; column++) {
+            /* Two of each, lest each column wait for the one before. */
+            vector largest_odd = vector_of(-INFINITY), probe_odd = vector_of(0);
+            int64_t column = 0;
+            for (; column + 1 < columns; column += 2) {
+                const vector score = vector_load(scores + column * rows), odd = vector_load(scores + (column + 1) * rows);
+                largest = vector_max(largest, score);
+                largest_odd = vector_max(largest_odd, odd);
+                probe += score * 0.0f;
+                probe_odd += odd * 0.0f;
+            }
+            if (column < columns) {
                 const vector score = vector_load(scores + column * rows);
                 largest = vector_max(largest, score);
                 probe += score * 0.0f;
             }
+            largest = vector_max(largest, largest_odd);
+            probe += probe_odd;
         } else {
             for (int64_t column = 0; column < columns; column++) {
                 real* at = scores + column * rows;

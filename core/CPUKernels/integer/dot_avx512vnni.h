@@ -32,7 +32,11 @@ INLINE void weight_exp2(vector x[STEP]) {
 }
 
 INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
-    add_offsets(weights, offsets);
+    for (int k = 0; k < STEP; k++) {
+        const __m512 weight = (__m512)weights[k];
+        const __mmask16 small = _mm512_cmp_ps_mask(weight, _mm512_set1_ps(8), _CMP_LT_OQ);
+        weights[k] = (vector)_mm512_mask_add_ps(weight, small, weight, _mm512_set1_ps(offsets[k]));
+    }
     const __m512i w0 = _mm512_cvtps_epi32((__m512)weights[0]), w1 = _mm512_cvtps_epi32((__m512)weights[1]);
     const __m512i w2 = _mm512_cvtps_epi32((__m512)weights[2]), w3 = _mm512_cvtps_epi32((__m512)weights[3]);
     const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(w0, w1), _mm512_packs_epi32(w2, w3));

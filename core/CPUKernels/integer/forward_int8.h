@@ -561,30 +561,48 @@ INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
     return highest;
 }
 
+/* Puts the logarithms of a column's weights in place of its dot products, and returns them. */
+INLINE vector weigh_column(const score_tile* tile, int64_t column, int64_t row, float* at, vector scale, float value_log, const bool full,
+                           vector_mask* any) {
+    vector logarithm = __builtin_convertvector(*(const int_vector*)at, vector) * scale + value_log;
+    if (!full) {
+        const vector_mask attended = attended_rows(tile, column, row);
+        *any |= attended;
+        logarithm = vector_select(attended, logarithm, vector_of(NO_WEIGHT));
+    }
+    vector_store(at, logarithm);
+    return logarithm;
+}
+
+/* The same for all columns; returns the highest of them. `full`: all are attended. `any`: whether one is. */
+INLINE vector weigh_columns(const forward_workspace* panel, int64_t row, const bool full, vector_mask* any) {
+    const score_tile* tile = &panel->tile;
+    const int64_t rows = tile->rows, columns = tile->columns;
+    const vector scale = vector_load(panel->query_scales + row);
+    const float *key_scales = panel->block.key_scales, *value_logs = panel->block.value_logs;
+    float* scores = tile->scores + row;
+    *any = (vector_mask)(real_bits)-full;
+    /* Of every other column, lest each wait for the one before. */
+    vector highest = vector_of(NO_WEIGHT), highest_odd = vector_of(NO_WEIGHT);
+#define WEIGH_COLUMN(column) \
+    weigh_column(tile, column, row, scores + (column) * rows, scale * key_scales[column], value_logs[column], full, any)
+    int64_t column = 0;
+    for (; column + 1 < columns; column += 2) {
+        highest = vector_max(highest, WEIGH_COLUMN(column));
+        highest_odd = vector_max(highest_odd, WEIGH_COLUMN(column + 1));
+    }
+    if (column < columns) highest = vector_max(highest, WEIGH_COLUMN(column));
+#undef WEIGH_COLUMN
+    return vector_max(highest, highest_odd);
+}
+
 /* A block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
 static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        const vector scale = vector_load(panel->query_scales + row);
-        const bool full = tile->full;
-        const int64_t rows = tile->rows, columns = tile->columns;
-        const float *key_scales = block->key_scales, *value_logs = block->value_logs;
-        float* scores = tile->scores + row;
-        vector_mask any = (vector_mask)(real_bits)-full;
-        vector highest = vector_of(NO_WEIGHT);
-        for (int64_t column = 0; column < columns; column++) {
-            float* at = scores + column * rows;
-            const vector product = __builtin_convertvector(*(const int_vector*)at, vector);
-            vector logarithm = product * (scale * key_scales[column]) + value_logs[column];
-            if (!full) {
-                const vector_mask attended = attended_rows(tile, column, row);
-                any |= attended;
-                logarithm = vector_select(attended, logarithm, vector_of(NO_WEIGHT));
-            }
-            highest = vector_max(highest, logarithm);
-            vector_store(at, logarithm);
-        }
+        vector_mask any;
+        vector highest = tile->full ? weigh_columns(panel, row, true, &any) : weigh_columns(panel, row, false, &any);
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
         const vector size = highest + offset;
         *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (highest == NO_WEIGHT)) & any;
