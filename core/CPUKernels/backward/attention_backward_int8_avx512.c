@@ -2,6 +2,7 @@
 #define KERNEL_SUFFIX int8_avx512
 #define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define KERNEL_HALF
+#define KERNEL_AVX512
 #define KERNEL_PANEL_VECTORS 2
 #define KERNEL_INTEGER 1
 #define KERNEL_VNNI 0

@@ -31,7 +31,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <string.h>
-#if KERNEL_INTEGER
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 

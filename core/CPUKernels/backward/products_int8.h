@@ -3,6 +3,8 @@
  * beyond 512 channels, for room in the sums), a gradient of a score by as much of the largest of its row where it is multiplied with keys,
  * and of its tile where it is multiplied with queries. Gradients of values are sums in FP32. */
 
+#include "../shared/pairs.h"
+
 /* Below this the factor that makes a number the largest integer would overflow: 2^-112. */
 #define SMALLEST_NUMBER 0x1p-112f
 
@@ -138,19 +140,12 @@ static void load_rows_of_tile(const cpu_attention* attention, backward_workspace
 /* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
 
 INLINE element_vector add_products(element_vector sums, element_vector a, element_vector b) {
-#if KERNEL_PANEL_VECTORS == 2 && KERNEL_VNNI
-    return (element_vector)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
-#elif KERNEL_PANEL_VECTORS == 2
-    return sums + (element_vector)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#if defined(KERNEL_AVX512)
+    return (element_vector)add_pairs((pairs)sums, (pairs)a, (pairs)b);
 #else
     typedef int32_t half_vector __attribute__((ext_vector_type(LANES / 2)));
-#if KERNEL_VNNI
-    const half_vector low = (half_vector)_mm256_dpwssd_avx_epi32((__m256i)sums.lo, (__m256i)a.lo, (__m256i)b.lo);
-    const half_vector high = (half_vector)_mm256_dpwssd_avx_epi32((__m256i)sums.hi, (__m256i)a.hi, (__m256i)b.hi);
-#else
-    const half_vector low = sums.lo + (half_vector)_mm256_madd_epi16((__m256i)a.lo, (__m256i)b.lo);
-    const half_vector high = sums.hi + (half_vector)_mm256_madd_epi16((__m256i)a.hi, (__m256i)b.hi);
-#endif
+    const half_vector low = (half_vector)add_pairs((pairs)sums.lo, (pairs)a.lo, (pairs)b.lo);
+    const half_vector high = (half_vector)add_pairs((pairs)sums.hi, (pairs)a.hi, (pairs)b.hi);
     return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #endif
 }

@@ -2,7 +2,7 @@
 #define KERNEL_SUFFIX float_avx512
 #define KERNEL_WIDE_SUFFIX fp64_reference_avx512
 #define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
-#define KERNEL_SCALEF
+#define KERNEL_AVX512
 #define KERNEL_INTEGER 0
 #define KERNEL_SLICE 16
 #define KERNEL_REGISTERS 32

@@ -8,6 +8,8 @@
  * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most
  * 1024 / SLICE channels, or BLOCK_KEYS keys, of 32767 * 255 each. */
 
+#include "../shared/pairs.h"
+
 typedef int16_t number;
 typedef uint16_t numbers __attribute__((ext_vector_type(2 * SLICE))); /* what one instruction multiplies; bits of signed numbers */
 typedef integer_slice accumulator;
@@ -47,15 +49,7 @@ INLINE numbers numbers_of_keys(const number* of_keys) {
 }
 
 INLINE accumulator add_products(accumulator before, numbers a, numbers b) {
-#if KERNEL_VNNI && KERNEL_SLICE == 16
-    return (accumulator)_mm512_dpwssd_epi32((__m512i)before, (__m512i)a, (__m512i)b);
-#elif KERNEL_VNNI
-    return (accumulator)_mm256_dpwssd_avx_epi32((__m256i)before, (__m256i)a, (__m256i)b);
-#elif KERNEL_SLICE == 16
-    return (accumulator)_mm512_add_epi32((__m512i)before, _mm512_madd_epi16((__m512i)a, (__m512i)b));
-#else
-    return (accumulator)_mm256_add_epi32((__m256i)before, _mm256_madd_epi16((__m256i)a, (__m256i)b));
-#endif
+    return (accumulator)add_pairs((pairs)before, (pairs)a, (pairs)b);
 }
 
 INLINE slice slice_of_sums(accumulator values) {
@@ -81,6 +75,10 @@ INLINE numbers load_values(const cpu_precision precision, const bool shifted, co
     (void)shifted, (void)zero_point;
     const int turns = VALUE_TURNS(precision) / 2;
     const word_slice a = *(const word_slice_in_memory*)step, b = *(const word_slice_in_memory*)next;
-    const word_slice halves = turn < turns ? (a & 0xFFFF) | b << 16 : a >> 16 | (b & 0xFFFF0000);
+    word_slice shifted_halves = turn < turns ? b << 16 : a >> 16;
+#if defined(KERNEL_AVX512)
+    __asm__("" : "+v"(shifted_halves)); /* lest both steps become one shuffle, which takes longer */
+#endif
+    const word_slice halves = shifted_halves | (turn < turns ? a & 0xFFFF : b & 0xFFFF0000);
     return biased_codes(precision, numbers_from_words(halves), turn % turns);
 }

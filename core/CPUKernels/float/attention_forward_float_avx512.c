@@ -3,7 +3,7 @@
 #define KERNEL_WIDE_SUFFIX fp64_reference_avx512
 #define KERNEL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
 #define KERNEL_HALF
-#define KERNEL_SCALEF
+#define KERNEL_AVX512
 #define KERNEL_PANEL_VECTORS 4
 #include "forward_float.h"
 #endif

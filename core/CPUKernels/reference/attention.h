@@ -16,6 +16,9 @@
 #include <float.h>
 #include <math.h>
 #include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi" /* every function that takes or returns a vector is inlined */

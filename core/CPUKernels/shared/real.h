@@ -1,7 +1,6 @@
 /* The arithmetic of a kernel: its real type, vectors of it, and the functions that the softmax needs.
  *
- * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type, KERNEL_SCALEF says that the instruction set has vscalefps
- * and vreduceps. A vector holds 64 bytes whatever the instruction set; the compiler splits it into registers. All operations on vectors are
+ * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type, KERNEL_AVX512 says that the instruction set has that. A vector holds 64 bytes whatever the instruction set; the compiler splits it into registers. All operations on vectors are
  * lane by lane, so a row's result does not depend on the rows beside it. */
 
 #if KERNEL_FP64
@@ -90,7 +89,7 @@ INLINE vector vector_exp(vector x) {
 
 /* Each x becomes 2^x within two units in the last place for normal results; smaller ones, and that of -inf, are 0; 2^0 is exactly 1. For x
  * below 128; that of NaN is not defined. `count`: at most 4. */
-#if defined(KERNEL_SCALEF)
+#if defined(KERNEL_AVX512)
 /* 2^floor(x) by an instruction, the rest from the polynomial of least relative error (8.3e-8) on 0 ... 1. */
 INLINE void vectors_exp2(vector* x, const int count) {
     for (int k = 0; k < count; k++) {
