@@ -1,7 +1,8 @@
 /* The arithmetic of a kernel: its real type, vectors of it, and the functions that the softmax needs.
  *
- * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type, KERNEL_AVX512 says that the instruction set has that. A vector holds 64 bytes whatever the instruction set; the compiler splits it into registers. All operations on vectors are
- * lane by lane, so a row's result does not depend on the rows beside it. */
+ * Part of the templates that kernels are made of; KERNEL_FP64 chooses the type, KERNEL_AVX512 says that the instruction set has that. A
+ * vector holds 64 bytes whatever the instruction set; the compiler splits it into registers. All operations on vectors are lane by lane, so
+ * a row's result does not depend on the rows beside it. */
 
 #if KERNEL_FP64
 typedef double real;
