@@ -202,7 +202,11 @@ struct KernelTable {
     /// The quantisation kernel for an instruction set.
     private static func quantization(_ instructionSet: InstructionSet) -> cpu_quantization_kernel {
         #if arch(x86_64)
-        if instructionSet != .baseline { return quantization_reference_avx2 }
+        switch instructionSet {
+        case .avx512, .avx512vnni: return quantization_reference_avx512
+        case .avx2, .avxvnni: return quantization_reference_avx2
+        default: break
+        }
         #endif
         return quantization_reference
     }

@@ -228,6 +228,7 @@ typedef struct cpu_quantization_kernel {
 extern const cpu_quantization_kernel quantization_reference;
 #if defined(__x86_64__)
 extern const cpu_quantization_kernel quantization_reference_avx2;
+extern const cpu_quantization_kernel quantization_reference_avx512;
 #endif
 
 /* ---- Merging ---------------------------------------------------------------------------------------------------------------------------

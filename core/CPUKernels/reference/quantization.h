@@ -3,7 +3,8 @@
  * A template, like attention.h: the quantization_reference*.c files beside it instantiate it with KERNEL_SUFFIX and KERNEL_TARGET.
  *
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
- * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone. */
+ * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone.
+ * Where each token has a scale, some tokens are worked on side by side, step by step: one alone is a long chain of operations. */
 #include "cpu_kernels.h"
 #include "../shared/naming.h"
 
@@ -27,8 +28,8 @@
 /* Arrays of head_dim elements each. */
 typedef struct row_workspace {
     double* sums;       /* of each channel over the tokens */
-    float* rows;        /* SUMMED_TOKENS rows whose channels are summed */
-    float* row;         /* the row in hand, rotated and smoothed as the scheme asks; the first of `rows` */
+    float* rows;        /* of TOKENS_AT_ONCE tokens, rotated and smoothed as the scheme asks */
+    float* row;         /* the row in hand; the first of `rows` */
     float* means;       /* of each channel, while they are not yet in the output */
     float* scales;      /* of each channel of a band */
     float* zero_points; /* likewise; small integers, as FP32 numbers */
@@ -38,8 +39,8 @@ typedef struct row_workspace {
 } row_workspace;
 
 enum {
-    SUMMED_TOKENS = 8,
-    WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + (SUMMED_TOKENS + 5) * sizeof(float) + sizeof(int8_t),
+    TOKENS_AT_ONCE = 8,
+    WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + (TOKENS_AT_ONCE + 5) * sizeof(float) + sizeof(int8_t),
 };
 
 static size_t workspace_bytes(const cpu_quantization* quantization) {
@@ -51,7 +52,7 @@ static row_workspace divide_workspace(void* workspace, int64_t head_dim) {
     parts.sums = workspace;
     parts.rows = (float*)(parts.sums + head_dim);
     parts.row = parts.rows;
-    parts.means = parts.rows + SUMMED_TOKENS * head_dim;
+    parts.means = parts.rows + TOKENS_AT_ONCE * head_dim;
     parts.scales = parts.means + head_dim;
     parts.zero_points = parts.scales + head_dim;
     parts.highest = (uint32_t*)(parts.zero_points + head_dim);
@@ -84,22 +85,36 @@ static quantization_item make_item(const cpu_quantization* quantization, int64_t
     };
 }
 
-/* Puts token s, rounded to FP32, rotated and smoothed as the scheme asks, into `row`. */
-static void read_token(const quantization_item* item, int64_t s, float* row) {
+/* Puts tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks, into work.rows. */
+static void load_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_quantization* quantization = item->quantization;
-    load_row_float(&quantization->input, item->b, item->h, s, item->channels, row);
-    if (quantization->output.rotated) {
-        rotate_row(row, item->channels);
+    const cpu_tensor* input = &quantization->input;
+    const int64_t channels = item->channels;
+    float* rows = item->work.rows;
+    for (int64_t row = 0; row < count; ++row) {
+        if (input->precision == CPU_FP32 && input->strides[3] == 1) { /* the most frequent rows, and the shortest work */
+            const float_in_memory* source = (const float_in_memory*)input->data + row_offset(input, item->b, item->h, first + row);
+            float* copy = rows + row * channels;
+            for (int64_t d = 0; d < channels; ++d) {
+                copy[d] = source[d];
+            }
+        } else {
+            load_row_float(input, item->b, item->h, first + row, channels, rows + row * channels);
+        }
     }
-    if (item->means != NULL) {
-        for (int64_t d = 0; d < item->channels; ++d) {
-            row[d] -= item->means[d];
+    if (quantization->output.rotated) {
+        rotate_rows(rows, count, channels);
+    }
+    const float* means = item->means;
+    for (int64_t row = 0; row < count && means != NULL; ++row) {
+        for (int64_t d = 0; d < channels; ++d) {
+            rows[row * channels + d] -= means[d];
         }
     }
 }
 
 static void load_row(const quantization_item* item, int64_t s) {
-    read_token(item, s, item->work.row);
+    load_tokens(item, s, 1);
 }
 
 /* Vectors of 16 numbers and of their bits. */
@@ -141,17 +156,15 @@ static void add_rows(const float* rows, int64_t count, int64_t channels, double*
     }
 }
 
-/* Computes each channel's mean into `means`, which load_row() subtracts from now on. */
+/* Computes each channel's mean into `means`, which load_tokens() subtracts from now on. */
 static void smooth_item(quantization_item* item, float* means) {
     double* sums = item->work.sums;
     for (int64_t d = 0; d < item->channels; ++d) {
         sums[d] = 0.0;
     }
-    for (int64_t s = 0; s < item->tokens; s += SUMMED_TOKENS) {
-        const int64_t count = item->tokens - s < SUMMED_TOKENS ? item->tokens - s : SUMMED_TOKENS;
-        for (int64_t row = 0; row < count; ++row) {
-            read_token(item, s + row, item->work.rows + row * item->channels);
-        }
+    for (int64_t s = 0; s < item->tokens; s += TOKENS_AT_ONCE) {
+        const int64_t count = item->tokens - s < TOKENS_AT_ONCE ? item->tokens - s : TOKENS_AT_ONCE;
+        load_tokens(item, s, count);
         add_rows(item->work.rows, count, item->channels, sums);
     }
     for (int64_t d = 0; d < item->channels; ++d) {
@@ -354,20 +367,43 @@ static bool write_band(const quantization_item* item, int64_t first, int64_t las
 
 /* ---- Tokens -------------------------------------------------------------------------------------------------------------------------- */
 
-/* The extremes of a row: see gather_extremes(). */
-static value_range range_of_row(const float* row, int64_t channels) {
-    chunk_words highest = HIGHEST_OF_NONE, lowest = LOWEST_OF_NONE;
-    for (int64_t d = 0; d < channels; d += CHUNK) {
-        const chunk_floats numbers = load_chunk(row, d, channels); /* 0 beyond the row changes no extreme */
+/* Extremes of each of CHUNK classes of numbers: see gather_extremes(). */
+typedef struct chunk_extremes {
+    chunk_words highest, lowest;
+} chunk_extremes;
+
+static const chunk_extremes EXTREMES_OF_NONE = {.highest = HIGHEST_OF_NONE, .lowest = LOWEST_OF_NONE};
+
+/* Takes numbers in. */
+static inline chunk_extremes extremes_with(chunk_extremes extremes, const float* numbers, int64_t count) {
+    for (int64_t d = 0; d < count; d += CHUNK) {
+        const chunk_floats chunk = load_chunk(numbers, d, count); /* 0 beyond the last one changes no extreme */
         chunk_words bits;
-        memcpy(&bits, &numbers, sizeof bits);
-        highest = (chunk_words)__builtin_elementwise_max((chunk_integers)bits, (chunk_integers)highest);
-        lowest = __builtin_elementwise_max(bits, lowest);
+        memcpy(&bits, &chunk, sizeof bits);
+        extremes.highest = (chunk_words)__builtin_elementwise_max((chunk_integers)bits, (chunk_integers)extremes.highest);
+        extremes.lowest = __builtin_elementwise_max(bits, extremes.lowest);
     }
+    return extremes;
+}
+
+static inline value_range range_of_extremes(chunk_extremes extremes) {
     return (value_range){
-        float_from_bits(__builtin_reduce_max(lowest)),
-        float_from_bits((uint32_t)__builtin_reduce_max((chunk_integers)highest)),
+        float_from_bits(__builtin_reduce_max(extremes.lowest)),
+        float_from_bits((uint32_t)__builtin_reduce_max((chunk_integers)extremes.highest)),
     };
+}
+
+/* The smallest range around 0 that holds a row, which is all that a symmetric scale depends on. */
+static inline value_range magnitude_of_row(const float* row, int64_t channels) {
+    chunk_integers largest = 0;
+    for (int64_t d = 0; d < channels; d += CHUNK) {
+        const chunk_floats numbers = load_chunk(row, d, channels);
+        chunk_integers bits;
+        memcpy(&bits, &numbers, sizeof bits);
+        largest = __builtin_elementwise_max(bits & INT32_MAX, largest);
+    }
+    const float magnitude = float_from_bits((uint32_t)__builtin_reduce_max(largest));
+    return (value_range){-magnitude, magnitude};
 }
 
 /* What encode_row() does, for a row that shares a scale. */
@@ -377,7 +413,8 @@ static void encode_token(const quantization_item* item, const float* row, scale_
     for (int64_t d = 0; d < channels; d += CHUNK) {
         chunk_floats numbers = load_chunk(row, d, channels) / value.scale;
         numbers = ((numbers + 0x1.8p23f) - 0x1.8p23f) + value.zero_point; /* see round_to_even() */
-        numbers = __builtin_elementwise_min(__builtin_elementwise_max(numbers, lowest), highest);
+        numbers = numbers < lowest ? lowest : numbers;                    /* none is NaN */
+        numbers = numbers > highest ? highest : numbers;
         const chunk_codes chunk = __builtin_convertvector(__builtin_convertvector(numbers, chunk_integers), chunk_codes);
         if (channels - d >= CHUNK) {
             memcpy(codes + d, &chunk, sizeof chunk);
@@ -389,18 +426,37 @@ static void encode_token(const quantization_item* item, const float* row, scale_
     }
 }
 
-/* Writes token s and its one scale. False, with nothing written, if a value is not finite. */
-static bool write_token(const quantization_item* item, int64_t s, int64_t index) {
+/* Writes tokens first ..< first + count, TOKENS_AT_ONCE at most, and the scale of each, the first of them at `index`. False, with nothing
+ * written, if a value is not finite. */
+static bool write_tokens(const quantization_item* item, int64_t first, int64_t count, int64_t index) {
     const cpu_tensor* output = &item->quantization->output;
-    load_row(item, s);
-    const value_range range = range_of_row(item->work.row, item->channels);
-    if (!isfinite(range.lowest) || !isfinite(range.highest)) {
+    const int64_t channels = item->channels;
+    const float* rows = item->work.rows;
+    value_range ranges[TOKENS_AT_ONCE];
+    scale_and_zero_point values[TOKENS_AT_ONCE];
+    load_tokens(item, first, count);
+    bool finite = true;
+    for (int64_t row = 0; row < count; ++row) {
+        const float* numbers = rows + row * channels;
+        ranges[row] = output->zero_points == NULL ? magnitude_of_row(numbers, channels)
+                                                  : range_of_extremes(extremes_with(EXTREMES_OF_NONE, numbers, channels));
+        finite &= isfinite(ranges[row].lowest) && isfinite(ranges[row].highest);
+    }
+    if (!finite) {
         return false;
     }
-    const scale_and_zero_point value = scale_for_range(output, range);
-    write_scale(output, index, value);
-    encode_token(item, item->work.row, value, item->work.codes);
-    store_codes(item, s);
+    for (int64_t row = 0; row < count; ++row) {
+        values[row] = scale_for_range(output, ranges[row]);
+        write_scale(output, index + row * output->scale_strides[2], values[row]);
+    }
+    const bool in_place = output->precision == CPU_INT8 && output->strides[3] == 1;
+    for (int64_t row = 0; row < count; ++row) {
+        int8_t* codes = in_place ? (int8_t*)output->data + row_offset(output, item->b, item->h, first + row) : item->work.codes;
+        encode_token(item, rows + row * channels, values[row], codes);
+        if (!in_place) {
+            store_codes(item, first + row);
+        }
+    }
     return true;
 }
 
@@ -411,12 +467,13 @@ static bool quantize_scan(const cpu_quantization* quantization, int64_t index, v
     if (quantization->output.channel_means != NULL) {
         smooth_item(&item, item.work.means);
     }
-    clear_extremes(&item);
-    for (int64_t s = 0; s < item.tokens; ++s) {
-        load_row(&item, s);
-        gather_extremes(&item);
+    chunk_extremes extremes = EXTREMES_OF_NONE;
+    for (int64_t s = 0; s < item.tokens; s += TOKENS_AT_ONCE) {
+        const int64_t count = item.tokens - s < TOKENS_AT_ONCE ? item.tokens - s : TOKENS_AT_ONCE;
+        load_tokens(&item, s, count);
+        extremes = extremes_with(extremes, item.work.rows, count * item.channels);
     }
-    const value_range range = range_of_channels(&item, 0, item.channels);
+    const value_range range = range_of_extremes(extremes);
     quantization->extremes[2 * index] = range.lowest;
     quantization->extremes[2 * index + 1] = range.highest;
     return isfinite(range.lowest) && isfinite(range.highest);
@@ -447,15 +504,16 @@ static bool quantize_write(const cpu_quantization* quantization, int64_t index, 
     const int64_t height = one_band ? quantization->seq_len : output->scale_tokens;
     const int64_t bands = one_band ? 1 : (quantization->seq_len + height - 1) / height;
     const int64_t width = output->scale_strides[3] == 0 ? item.channels : output->scale_channels;
-    for (int64_t band = 0; band < bands; ++band) {
+    int64_t band = 0;
+    for (int64_t count; height == 1 && width >= item.channels && band < item.tokens; band += count) {
+        count = item.tokens - band < TOKENS_AT_ONCE ? item.tokens - band : TOKENS_AT_ONCE;
+        if (!write_tokens(&item, band, count, first_scale + band * output->scale_strides[2])) {
+            return false;
+        }
+    }
+    for (; band < bands; ++band) {
         const int64_t first = band * height;
         const int64_t last = height < item.tokens - first ? first + height : item.tokens;
-        if (last - first == 1 && width >= item.channels) {
-            if (!write_token(&item, first, first_scale + band * output->scale_strides[2])) {
-                return false;
-            }
-            continue;
-        }
         if (!write_band(&item, first, last, width, first_scale + band * output->scale_strides[2])) {
             return false;
         }

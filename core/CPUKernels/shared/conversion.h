@@ -216,21 +216,22 @@ static inline void rotate_sixteen(float* numbers) {
 
 #undef ROTATE_STAGE
 
-/* The Walsh-Hadamard transform of each block of n channels, in place, n being the largest power of two that divides `channels`: natural
- * order, stages of distance 1, 2, 4 ... n/2, then one multiplication by the FP32 number nearest 1/sqrt(n). It is its own inverse. */
-static inline void rotate_row(float* row, int64_t channels) {
+/* The Walsh-Hadamard transform of each block of n numbers, in place, n being the largest power of two that divides `channels`: natural order,
+ * stages of distance 1, 2, 4 ... n/2, then one multiplication by the FP32 number nearest 1/sqrt(n). It is its own inverse. The numbers are
+ * those of `rows` rows of `channels`; stages go over all of them, so that none waits for the one before. */
+static inline void rotate_rows(float* numbers, int64_t rows, int64_t channels) {
 #pragma clang fp contract(off)
-    const int64_t n = channels & -channels;
+    const int64_t n = channels & -channels, count = rows * channels;
     int64_t distance = 1;
     if (n >= ROTATION_LANES) {
-        for (int64_t start = 0; start < channels; start += ROTATION_LANES) {
-            rotate_sixteen(row + start);
+        for (int64_t start = 0; start < count; start += ROTATION_LANES) {
+            rotate_sixteen(numbers + start);
         }
         distance = ROTATION_LANES;
     }
     for (; distance < n; distance *= 2) {
-        for (int64_t start = 0; start < channels; start += 2 * distance) {
-            float *first = row + start, *second = first + distance;
+        for (int64_t start = 0; start < count; start += 2 * distance) {
+            float *first = numbers + start, *second = first + distance;
             int64_t d = 0;
             for (; d + ROTATION_LANES <= distance; d += ROTATION_LANES) {
                 rotation_vector a, b;
@@ -253,9 +254,13 @@ static inline void rotate_row(float* row, int64_t channels) {
         factor *= 0.5f;
     }
     factor *= rest == 2 ? 0x1.6a09e6p-1f : 1.0f; /* 1/sqrt(2); powers of two keep it the nearest */
-    for (int64_t d = 0; d < channels; ++d) {
-        row[d] *= factor;
+    for (int64_t d = 0; d < count; ++d) {
+        numbers[d] *= factor;
     }
+}
+
+static inline void rotate_row(float* row, int64_t channels) {
+    rotate_rows(row, 1, channels);
 }
 
 /* out = scale * float(code - zero_point): the difference is exact, its conversion and the product are one rounding each. */
