@@ -102,13 +102,18 @@ static void load_tokens(const quantization_item* item, int64_t first, int64_t co
             load_row_float(input, item->b, item->h, first + row, channels, rows + row * channels);
         }
     }
-    if (quantization->output.rotated) {
-        rotate_rows(rows, count, channels);
-    }
+    const float factor = quantization->output.rotated ? rotate_rows(rows, count, channels) : 1.0f;
     const float* means = item->means;
-    for (int64_t row = 0; row < count && means != NULL; ++row) {
-        for (int64_t d = 0; d < channels; ++d) {
-            rows[row * channels + d] -= means[d];
+    if (means != NULL) {
+        for (int64_t row = 0; row < count; ++row) {
+            for (int64_t d = 0; d < channels; ++d) {
+                const float number = rows[row * channels + d] * factor;
+                rows[row * channels + d] = number - means[d];
+            }
+        }
+    } else if (quantization->output.rotated) {
+        for (int64_t k = 0; k < count * channels; ++k) {
+            rows[k] *= factor;
         }
     }
 }
@@ -406,15 +411,20 @@ static inline value_range magnitude_of_row(const float* row, int64_t channels) {
     return (value_range){-magnitude, magnitude};
 }
 
-/* What encode_row() does, for a row that shares a scale. */
-static void encode_token(const quantization_item* item, const float* row, scale_and_zero_point value, int8_t* codes) {
+/* What encode_row() does, for a row that shares a scale. Symmetric codes need no limit: the row's largest number is 127 or 7 scales but for
+ * rounding. */
+static inline __attribute__((always_inline)) void encode_token_as(const quantization_item* item, const float* row,
+                                                                  scale_and_zero_point value, int8_t* codes, const bool symmetric) {
     const chunk_floats lowest = lowest_code(&item->quantization->output), highest = highest_code(&item->quantization->output);
     const int64_t channels = item->channels; /* bytes may alias the item */
     for (int64_t d = 0; d < channels; d += CHUNK) {
         chunk_floats numbers = load_chunk(row, d, channels) / value.scale;
-        numbers = ((numbers + 0x1.8p23f) - 0x1.8p23f) + value.zero_point; /* see round_to_even() */
-        numbers = numbers < lowest ? lowest : numbers;                    /* none is NaN */
-        numbers = numbers > highest ? highest : numbers;
+        numbers = (numbers + 0x1.8p23f) - 0x1.8p23f; /* see round_to_even() */
+        if (!symmetric) {
+            numbers += value.zero_point;
+            numbers = numbers < lowest ? lowest : numbers; /* none is NaN */
+            numbers = numbers > highest ? highest : numbers;
+        }
         const chunk_codes chunk = __builtin_convertvector(__builtin_convertvector(numbers, chunk_integers), chunk_codes);
         if (channels - d >= CHUNK) {
             memcpy(codes + d, &chunk, sizeof chunk);
@@ -423,6 +433,14 @@ static void encode_token(const quantization_item* item, const float* row, scale_
                 codes[d + k] = chunk[k];
             }
         }
+    }
+}
+
+static void encode_token(const quantization_item* item, const float* row, scale_and_zero_point value, int8_t* codes) {
+    if (item->quantization->output.zero_points == NULL) {
+        encode_token_as(item, row, value, codes, true);
+    } else {
+        encode_token_as(item, row, value, codes, false);
     }
 }
 

@@ -217,9 +217,9 @@ static inline void rotate_sixteen(float* numbers) {
 #undef ROTATE_STAGE
 
 /* The Walsh-Hadamard transform of each block of n numbers, in place, n being the largest power of two that divides `channels`: natural order,
- * stages of distance 1, 2, 4 ... n/2, then one multiplication by the FP32 number nearest 1/sqrt(n). It is its own inverse. The numbers are
- * those of `rows` rows of `channels`; stages go over all of them, so that none waits for the one before. */
-static inline void rotate_rows(float* numbers, int64_t rows, int64_t channels) {
+ * stages of distance 1, 2, 4 ... n/2. What is returned, the FP32 number nearest 1/sqrt(n), is to be multiplied with afterwards: then it is
+ * its own inverse. The numbers are those of `rows` rows of `channels`; stages go over all of them, so that none waits for the one before. */
+static inline float rotate_rows(float* numbers, int64_t rows, int64_t channels) {
 #pragma clang fp contract(off)
     const int64_t n = channels & -channels, count = rows * channels;
     int64_t distance = 1;
@@ -253,14 +253,14 @@ static inline void rotate_rows(float* numbers, int64_t rows, int64_t channels) {
     for (; rest >= 4; rest /= 4) {
         factor *= 0.5f;
     }
-    factor *= rest == 2 ? 0x1.6a09e6p-1f : 1.0f; /* 1/sqrt(2); powers of two keep it the nearest */
-    for (int64_t d = 0; d < count; ++d) {
-        numbers[d] *= factor;
-    }
+    return factor * (rest == 2 ? 0x1.6a09e6p-1f : 1.0f); /* 1/sqrt(2); powers of two keep it the nearest */
 }
 
 static inline void rotate_row(float* row, int64_t channels) {
-    rotate_rows(row, 1, channels);
+    const float factor = rotate_rows(row, 1, channels);
+    for (int64_t d = 0; d < channels; ++d) {
+        row[d] *= factor;
+    }
 }
 
 /* out = scale * float(code - zero_point): the difference is exact, its conversion and the product are one rounding each. */
