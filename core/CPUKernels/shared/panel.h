@@ -19,13 +19,16 @@ INLINE void multiply_panel_rows(const int rows, const int vectors, int64_t depth
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) sums[row][v] = vector_of(0);
     }
+    const real* rest = a + PRODUCT_ROWS / 2 * a_row; /* two bases reach all rows by scaled indices */
+#pragma clang loop unroll_count(4)
     for (int64_t k = 0; k < depth; k++) {
         vector b_vectors[KERNEL_PANEL_VECTORS];
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) b_vectors[v] = vector_load(b + (k * vectors + v) * LANES);
 #pragma clang loop unroll(full)
         for (int row = 0; row < rows; row++) {
-            vector factor = vector_of(a[row * a_row + k * a_depth]);
+            const real* factors = row < PRODUCT_ROWS / 2 ? a + row * a_row : rest + (row - PRODUCT_ROWS / 2) * a_row;
+            const vector factor = vector_of(factors[k * a_depth]);
 #pragma clang loop unroll(full)
             for (int v = 0; v < vectors; v++) sums[row][v] += factor * b_vectors[v];
         }
