@@ -192,6 +192,19 @@ def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_ker
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention__scales_whose_product_overflows__get_the_bits_of_the_reference_kernel(causal, contexts, rng):
+    """A key of zeros scores 0, however large its scale: infinity times 0 would be no number."""
+    made = integer_problem(rng, scale=1.0, causal=causal)
+    query, key = made.query.argument, made.key.argument
+    query.scales[...] = 1e25
+    key.scales[...] = 1e-27
+    key.scales[:, :, 0], key.data[:, :, 0] = 1e25, 0
+    results = [made.run(context=contexts[which]) for which in (2, "reference")]
+    assert np.isfinite(results[1][0]).all()
+    assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
+
+
 def test_attention__zero_points_beyond_a_byte__matter_to_their_sequence_alone(contexts, rng):
     """Which kernel computes a sequence depends neither on its batch nor on how many heads share keys."""
     sizes = Sizes(batch=2, heads=4, kv_heads=2, rows=9, columns=140, channels=40, value_channels=24)

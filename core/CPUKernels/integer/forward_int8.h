@@ -138,9 +138,10 @@ typedef struct {
     const signed_code* keys; /* [columns][key_pitch] */
     int64_t key_pitch;
     signed_code* key_memory;
-    signed_code* values;   /* [columns / STEP][head_dim_v][STEP] */
-    int32_t* key_offsets;  /* -QUERY_BIAS * sum of the key's codes */
-    float* key_scales;     /* times softmax_scale, as binary logarithms where scores are plain */
+    signed_code* values;  /* [columns / STEP][head_dim_v][STEP] */
+    int32_t* key_offsets; /* -QUERY_BIAS * sum of the key's codes */
+    float* key_scales;    /* times softmax_scale, as binary logarithms where scores are plain */
+    float largest_key_scale;
     float* value_logs;     /* log2 of the value's scale; 0 where values have a scale a channel */
     float* value_inverses; /* 1 / that scale */
     uint8_t* zero;         /* whether the value is 0 in all channels */
@@ -292,6 +293,7 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
         block->keys = (const signed_code*)key->data + row_offset(key, at->b, at->kv_head, first_column);
         block->key_pitch = key->strides[2];
     }
+    block->largest_key_scale = 0;
     for (int64_t column = 0; column < columns; column++) {
         const int64_t s = first_column + column;
         if (block->keys == block->key_memory) {
@@ -303,6 +305,7 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
         }
         block->key_offsets[column] = QUERY_BIAS ? -QUERY_BIAS * sum_of_codes(block->keys + column * block->key_pitch, codes) : 0;
         block->key_scales[column] = scale * (key->scales ? key->scales[scale_index(key, at->b, at->kv_head, s)] : 1);
+        block->largest_key_scale = fmaxf(block->largest_key_scale, fabsf(block->key_scales[column]));
     }
 }
 
@@ -604,8 +607,9 @@ static void weigh_plain_block(const cpu_attention* attention, forward_workspace*
         vector_mask any;
         vector highest = tile->full ? weigh_columns(panel, row, true, &any) : weigh_columns(panel, row, false, &any);
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
-        const vector size = highest + offset;
-        *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (highest == NO_WEIGHT)) & any;
+        /* An infinite scale makes a score of 0 NaN, of which neither the highest score nor a weight tells. */
+        const vector size = highest + offset, scale = vector_load(panel->query_scales + row) * block->largest_key_scale;
+        *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (scale - scale != 0) | (highest == NO_WEIGHT)) & any;
         *(vector_mask*)(panel->statistics.attended + row) |= any;
         zero_values zeros = {.highest = vector_of(NO_WEIGHT), .sum = vector_of(0)};
         if (block->any_zero) {
