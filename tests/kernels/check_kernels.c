@@ -612,7 +612,7 @@ int main(int argument_count, char** arguments) {
         if (!sets || names_set(sets, SET_NAMES[BASELINE])) good &= check_quantization(&quantization_reference);
 #if defined(__x86_64__)
         if (sets ? names_set(sets, SET_NAMES[AVX2]) : processor_has(AVX2)) good &= check_quantization(&quantization_reference_avx2);
-        if (sets ? names_set(sets, SET_NAMES[AVX512]) : cpu_has_avx512()) good &= check_quantization(&quantization_reference_avx512);
+        if (sets ? names_set(sets, SET_NAMES[AVX512]) : processor_has(AVX512)) good &= check_quantization(&quantization_reference_avx512);
 #endif
     }
     return good ? 0 : 1;

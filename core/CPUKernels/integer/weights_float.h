@@ -9,7 +9,3 @@ INLINE int64_t weight_offset_place(int64_t column) {
 INLINE weight_offset weight_offset_of(float offset) {
     return offset;
 }
-
-INLINE void add_offsets(vector weights[STEP], const weight_offset offsets[STEP]) {
-    for (int k = 0; k < STEP; k++) weights[k] += vector_select(weights[k] < 8, vector_of(offsets[k]), vector_of(0));
-}

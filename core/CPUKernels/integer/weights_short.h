@@ -2,15 +2,14 @@
  * are as many offsets as fractions, so that each fraction is rounded up as often as it is large. */
 enum { WEIGHT_FRACTION_BITS = 7 };
 typedef int16_t weight_offset;
-typedef float half_of_floats __attribute__((ext_vector_type(8)));
 
 INLINE weight_offset weight_offset_of(float offset) {
     return (weight_offset)floorf(offset * (1 << WEIGHT_FRACTION_BITS));
 }
 
 /* The integers of `first` in the low half of each lane, those of `second` in the high half. */
-INLINE __m256i round_halves(half_of_floats first, half_of_floats second, __m256i offsets) {
-    const __m256i low = _mm256_cvtps_epi32((__m256)first), high = _mm256_slli_epi32(_mm256_cvtps_epi32((__m256)second), 16);
+INLINE __m256i round_halves(__m256 first, __m256 second, __m256i offsets) {
+    const __m256i low = _mm256_cvtps_epi32(first), high = _mm256_slli_epi32(_mm256_cvtps_epi32(second), 16);
     const __m256i weights = _mm256_blend_epi16(low, high, 0xAA);
     const __m256i small = _mm256_cmpgt_epi16(_mm256_set1_epi16(8 << WEIGHT_FRACTION_BITS), weights);
     /* (weights * 2^8 + 2^14) >> 15 */
@@ -20,7 +19,7 @@ INLINE __m256i round_halves(half_of_floats first, half_of_floats second, __m256i
 INLINE int_vector round_pair(vector first, vector second, const weight_offset offsets[2]) {
     int32_t both;
     memcpy(&both, offsets, sizeof both);
-    const half_vector low = (half_vector)round_halves(first.lo, second.lo, _mm256_set1_epi32(both));
-    const half_vector high = (half_vector)round_halves(first.hi, second.hi, _mm256_set1_epi32(both));
+    const half_vector low = (half_vector)round_halves((__m256)first.lo, (__m256)second.lo, _mm256_set1_epi32(both));
+    const half_vector high = (half_vector)round_halves((__m256)first.hi, (__m256)second.hi, _mm256_set1_epi32(both));
     return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 }

@@ -1,6 +1,7 @@
 /* Quantising and dequantising: docs/numerics.md defines the results bit by bit, so they are the same for every instruction set.
  *
- * A template, like attention.h: the quantization_reference*.c files beside it instantiate it with KERNEL_SUFFIX and KERNEL_TARGET.
+ * A template, like attention.h: the quantization_reference*.c files beside it instantiate it with KERNEL_SUFFIX, KERNEL_TARGET and, where the
+ * instruction set has that, KERNEL_AVX512.
  *
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
  * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone.
@@ -85,23 +86,17 @@ static quantization_item make_item(const cpu_quantization* quantization, int64_t
     };
 }
 
+/* How many tokens are worked on together from token s on, up to the last that takes part. */
+static int64_t tokens_together(const quantization_item* item, int64_t s) {
+    return item->tokens - s < TOKENS_AT_ONCE ? item->tokens - s : TOKENS_AT_ONCE;
+}
+
 /* Puts tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks, into work.rows. */
 static void load_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_quantization* quantization = item->quantization;
-    const cpu_tensor* input = &quantization->input;
     const int64_t channels = item->channels;
     float* rows = item->work.rows;
-    for (int64_t row = 0; row < count; ++row) {
-        if (input->precision == CPU_FP32 && input->strides[3] == 1) { /* the most frequent rows, and the shortest work */
-            const float_in_memory* source = (const float_in_memory*)input->data + row_offset(input, item->b, item->h, first + row);
-            float* copy = rows + row * channels;
-            for (int64_t d = 0; d < channels; ++d) {
-                copy[d] = source[d];
-            }
-        } else {
-            load_row_float(input, item->b, item->h, first + row, channels, rows + row * channels);
-        }
-    }
+    load_rows_float(&quantization->input, item->b, item->h, first, count, channels, rows, channels);
     const float factor = quantization->output.rotated ? rotate_rows(rows, count, channels) : 1.0f;
     const float* means = item->means;
     if (means != NULL) {
@@ -168,7 +163,7 @@ static void smooth_item(quantization_item* item, float* means) {
         sums[d] = 0.0;
     }
     for (int64_t s = 0; s < item->tokens; s += TOKENS_AT_ONCE) {
-        const int64_t count = item->tokens - s < TOKENS_AT_ONCE ? item->tokens - s : TOKENS_AT_ONCE;
+        const int64_t count = tokens_together(item, s);
         load_tokens(item, s, count);
         add_rows(item->work.rows, count, item->channels, sums);
     }
@@ -412,8 +407,8 @@ static inline value_range magnitude_of_row(const float* row, int64_t channels) {
 }
 
 /* What encode_row() does, for a row that shares a scale. Symmetric codes need no limit: the row's largest number is 127 or 7 scales but for
- * rounding. `divide`: as defined, by divisions. Otherwise by the scale's inverse: then quotients are off by up to 5e-5, which changes the
- * codes of none but those that far from the middle between two integers, and if there is such a one the row is not encoded: false. */
+ * rounding. `divide`: as defined, by divisions. Otherwise by the scale's inverse: quotients are off by up to 5e-5 then, which matters only
+ * near the middle between two integers. False if a quotient lies there, and codes are not to be used. */
 static inline __attribute__((always_inline)) bool encode_token_by(const quantization_item* item, const float* row,
                                                                   scale_and_zero_point value, int8_t* codes, const bool symmetric,
                                                                   const bool divide) {
@@ -456,15 +451,19 @@ enum { TRY_INVERSE = 1 };
 enum { TRY_INVERSE = 0 };
 #endif
 
+static inline __attribute__((always_inline)) void encode_token_as(const quantization_item* item, const float* row,
+                                                                  scale_and_zero_point value, int8_t* codes, const bool symmetric) {
+    if (TRY_INVERSE && encode_token_by(item, row, value, codes, symmetric, false)) {
+        return;
+    }
+    encode_token_by(item, row, value, codes, symmetric, true);
+}
+
 static void encode_token(const quantization_item* item, const float* row, scale_and_zero_point value, int8_t* codes) {
     if (item->quantization->output.zero_points == NULL) {
-        if (!TRY_INVERSE || !encode_token_by(item, row, value, codes, true, false)) {
-            encode_token_by(item, row, value, codes, true, true);
-        }
+        encode_token_as(item, row, value, codes, true);
     } else {
-        if (!TRY_INVERSE || !encode_token_by(item, row, value, codes, false, false)) {
-            encode_token_by(item, row, value, codes, false, true);
-        }
+        encode_token_as(item, row, value, codes, false);
     }
 }
 
@@ -511,7 +510,7 @@ static bool quantize_scan(const cpu_quantization* quantization, int64_t index, v
     }
     chunk_extremes extremes = EXTREMES_OF_NONE;
     for (int64_t s = 0; s < item.tokens; s += TOKENS_AT_ONCE) {
-        const int64_t count = item.tokens - s < TOKENS_AT_ONCE ? item.tokens - s : TOKENS_AT_ONCE;
+        const int64_t count = tokens_together(&item, s);
         load_tokens(&item, s, count);
         extremes = extremes_with(extremes, item.work.rows, count * item.channels);
     }
@@ -548,7 +547,7 @@ static bool quantize_write(const cpu_quantization* quantization, int64_t index, 
     const int64_t width = output->scale_strides[3] == 0 ? item.channels : output->scale_channels;
     int64_t band = 0;
     for (int64_t count; height == 1 && width >= item.channels && band < item.tokens; band += count) {
-        count = item.tokens - band < TOKENS_AT_ONCE ? item.tokens - band : TOKENS_AT_ONCE;
+        count = tokens_together(&item, band);
         if (!write_tokens(&item, band, count, first_scale + band * output->scale_strides[2])) {
             return false;
         }

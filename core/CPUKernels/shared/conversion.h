@@ -362,7 +362,23 @@ static inline void load_row_float(const cpu_tensor* tensor, int64_t b, int64_t h
     }
 }
 
-/* The same in FP64. Quantised rows have the FP32 values that define them. */
+/* Rows first ..< first + rows, `pitch` apart. */
+static inline void load_rows_float(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t channels,
+                                   float* out, int64_t pitch) {
+    for (int64_t row = 0; row < rows; ++row) {
+        float* copy = out + row * pitch;
+        if (tensor->precision == CPU_FP32 && tensor->strides[3] == 1) { /* the most frequent rows, and the shortest work */
+            const float_in_memory* source = (const float_in_memory*)tensor->data + row_offset(tensor, b, h, first + row);
+            for (int64_t d = 0; d < channels; ++d) {
+                copy[d] = source[d];
+            }
+        } else {
+            load_row_float(tensor, b, h, first + row, channels, copy);
+        }
+    }
+}
+
+/* The same as load_row_float() in FP64. Quantised rows have the FP32 values that define them. */
 static inline void load_row_double(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, double* out) {
     const int64_t offset = row_offset(tensor, b, h, s);
     const int64_t stride = tensor->strides[3];

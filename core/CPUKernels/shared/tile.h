@@ -125,24 +125,26 @@ static column_range columns_of_row(const cpu_attention* attention, const head_po
     return range;
 }
 
-/* All columns that some row of first_row ..< first_row + rows may attend. Limits grow with i, so the ends come from the outermost rows. */
-static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
+/* The columns of the outermost of rows first_row ..< first_row + rows. Limits grow with i, so those of the others lie between. */
+typedef struct {
+    column_range first, last;
+} outer_columns;
+
+static outer_columns columns_of_outer_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
     row_place begin = place_of_row(attention, position, first_row), end = place_of_row(attention, position, first_row + rows - 1);
     bool one_head = begin.h == end.h;
-    column_range first = columns_of_row(attention, position, one_head ? begin.i : 0);
-    column_range last = columns_of_row(attention, position, one_head ? end.i : attention->seq_len_q - 1);
-    column_range range = {minimum(first.first, position->keys), last.last};
-    if (range.last < range.first) range.last = range.first;
-    return range;
+    return (outer_columns){
+        .first = columns_of_row(attention, position, one_head ? begin.i : 0),
+        .last = columns_of_row(attention, position, one_head ? end.i : attention->seq_len_q - 1),
+    };
 }
 
-/* The columns that all rows of first_row ..< first_row + rows may attend, as far as the outermost rows tell. */
-static column_range columns_of_all_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
-    row_place begin = place_of_row(attention, position, first_row), end = place_of_row(attention, position, first_row + rows - 1);
-    bool one_head = begin.h == end.h;
-    column_range first = columns_of_row(attention, position, one_head ? begin.i : 0);
-    column_range last = columns_of_row(attention, position, one_head ? end.i : attention->seq_len_q - 1);
-    return (column_range){last.first, first.last};
+/* All columns that some row of first_row ..< first_row + rows may attend. */
+static column_range columns_of_rows(const cpu_attention* attention, const head_position* position, int64_t first_row, int64_t rows) {
+    const outer_columns outer = columns_of_outer_rows(attention, position, first_row, rows);
+    column_range range = {minimum(outer.first.first, position->keys), outer.last.last};
+    if (range.last < range.first) range.last = range.first;
+    return range;
 }
 
 /* ---- Reading tiles ------------------------------------------------------------------------------------------------------------------- */
@@ -150,16 +152,11 @@ static column_range columns_of_all_rows(const cpu_attention* attention, const he
 /* Rows of a tensor as reals, [rows][channels]. */
 static void load_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
                       int64_t row_stride) {
-#if !KERNEL_FP64
-    if (tensor->precision == CPU_FP32 && tensor->strides[3] == 1) { /* the most frequent rows, and the shortest work */
-        for (int64_t row = 0; row < rows; row++) {
-            const float_in_memory* source = (const float_in_memory*)tensor->data + row_offset(tensor, b, h, first_row + row);
-            for (int64_t channel = 0; channel < channels; channel++) tile[row * row_stride + channel] = source[channel];
-        }
-        return;
-    }
-#endif
+#if KERNEL_FP64
     for (int64_t row = 0; row < rows; row++) load_row(tensor, b, h, first_row + row, channels, tile + row * row_stride);
+#else
+    load_rows_float(tensor, b, h, first_row, rows, channels, tile, row_stride);
+#endif
 }
 
 /* Query or key as scores may use it. Both carry the same rotation, which leaves dot products as they are: where rows are FP32 it need not
@@ -404,8 +401,8 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     tile->columns = minimum(TILE_COLUMNS, minimum(last_column, tile->position.keys) - first_column);
     if (tile->columns <= 0) return false;
     tile->masked = false;
-    const column_range shared = columns_of_all_rows(attention, &tile->position, tile->first_row, tile->valid_rows);
-    tile->full = shared.first <= first_column && shared.last >= first_column + tile->columns;
+    const outer_columns outer = columns_of_outer_rows(attention, &tile->position, tile->first_row, tile->valid_rows);
+    tile->full = outer.last.first <= first_column && outer.first.last >= first_column + tile->columns;
     bool any = tile->full;
     for (int64_t row = 0; row < tile->rows; row++) {
         tile->limits[row] = 0;
