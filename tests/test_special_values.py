@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -228,6 +230,17 @@ def test_attention__products_beyond_float32__give_what_the_formulas_say(size, ke
     with np.errstate(over="ignore"):
         made.query.argument[...] = np.clip(made.query.argument.astype(np.float64) * size, -FLOAT_MAX, FLOAT_MAX)
         made.key.argument[...] = np.clip(made.key.argument.astype(np.float64) * size, -FLOAT_MAX, FLOAT_MAX)
+    check(made)
+
+
+@pytest.mark.parametrize("largest", [-1.6e7, -1e7, 5e6, 1.6e7])
+@pytest.mark.parametrize("rows", [1, 37])
+def test_attention__close_scores_of_any_size__share_the_weight(largest, rows, rng):
+    """Integers, up to which float32 has all of them: their differences are exact, however large they are."""
+    made = problem(rng, dataclasses.replace(SIZES, rows=rows), scale=1.0)
+    made.query.argument[...] = 0
+    made.query.argument[..., 0] = 1
+    made.key.argument[..., 0] = largest - np.arange(SIZES.columns) % 3
     check(made)
 
 

@@ -9,12 +9,14 @@
  * An item is a tile of query rows of one head, or of all heads that share keys where rows are few. It is cut into panels, which the products
  * work on (panel.h): queries, scores and output lie transposed, a vector being one channel or one key of LANES query rows. A panel's
  * queries, scores and output stay in the first-level cache. Keys and values are read as FP32 numbers once for a block of columns and
- * serve all panels of the item; their rows are `pitch` apart, which is no power of two, lest they share cache sets.
+ * serve all panels of the item; their rows are `pitch` apart, which is no power of two, lest they share cache sets. Where they are such numbers
+ * already and lie well, they are not copied.
  *
  * Numerical contract: scores, softmax and sums are FP32; sums over head_dim run in the order of the channels, sums over keys in the order of
- * the columns within blocks of TILE_COLUMNS, and of the blocks. Exponentials are of base 2, with the scale of the scores folded into their
- * argument; their references are rounded maxima. Rows that meet a score which is not finite, or whose result is not, are left to the
- * reference kernels of FP64 arithmetic. */
+ * the columns within blocks of TILE_COLUMNS, and of the blocks. Exponentials are of base 2: queries are multiplied by the scale of the scores
+ * and 1 / ln 2 when they are read, if nothing else is done to scores. Their references are maxima rounded up to integers: taking them off rounds
+ * nothing. Rows that meet a score which is not finite or above LARGEST_REFERENCE, or whose result is not finite, are left to the reference
+ * kernels of FP64 arithmetic. */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
@@ -58,18 +60,17 @@ enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES };
 
 /* Keys and values of some columns, as FP32 numbers. */
 typedef struct {
-    const real* key; /* [TILE_COLUMNS][key_pitch] */
-    real* key_memory;
-    real* value; /* [TILE_COLUMNS][value_pitch] */
+    const real* key;   /* [TILE_COLUMNS][key_pitch] */
+    const real* value; /* [TILE_COLUMNS][value_pitch] */
+    real *key_memory, *value_memory;
     int64_t key_pitch, value_pitch;
-    real* finite_value; /* values with 0 for what is not finite; the values themselves if all are */
+    const real* finite_value; /* values with 0 for what is not finite; the values themselves if all are */
     real* finite_copy;
 } column_block;
 
 typedef struct {
     score_tile tile;
     bool plain;                /* scores are nothing but scaled dot products */
-    float factor;              /* what takes scores to binary logarithms */
     real* query;               /* [head_dim][rows] for each panel */
     real* output;              /* [head_dim_v][rows] for each panel */
     row_statistics statistics; /* [tile rows] */
@@ -94,9 +95,8 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->output = workspace_take_reals(&cursor, head_dim_v * rows);
     take_row_statistics(&cursor, rows, &workspace->statistics);
     workspace->infinite = workspace_take(&cursor, rows, sizeof(real_bits));
-    workspace->block.value_pitch = pitch_v;
     workspace->block.key_memory = workspace_take_reals(&cursor, TILE_COLUMNS * pitch);
-    workspace->block.value = workspace_take_reals(&cursor, TILE_COLUMNS * pitch_v);
+    workspace->block.value_memory = workspace_take_reals(&cursor, TILE_COLUMNS * pitch_v);
     workspace->block.finite_copy = workspace_take_reals(&cursor, TILE_COLUMNS * pitch_v);
     workspace->row_pitch = maximum(pitch, pitch_v);
     workspace->rows = workspace_take_reals(&cursor, PANEL_ROWS * workspace->row_pitch);
@@ -120,35 +120,51 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
     const score_tile* tile = &panel->tile;
     const cpu_tensor query = score_operand(&attention->query);
     const int64_t head_dim = attention->head_dim, pitch = panel->row_pitch;
-    for (int64_t row = 0; row < tile->valid_rows; row++) {
-        const row_place place = place_of_row(attention, &tile->position, tile->first_row + row);
-        load_rows(&query, tile->position.b, place.h, place.i, 1, head_dim, panel->rows + row * pitch, pitch);
+    const float* rows = tile->valid_rows == tile->rows ? find_tile_rows(attention, tile, &query) : NULL;
+    if (rows) {
+        transpose_floats(rows, query.strides[2], tile->rows, head_dim, panel->query, tile->rows);
+    } else {
+        for (int64_t row = 0; row < tile->valid_rows; row++) {
+            const row_place place = place_of_row(attention, &tile->position, tile->first_row + row);
+            load_rows(&query, tile->position.b, place.h, place.i, 1, head_dim, panel->rows + row * pitch, pitch);
+        }
+        memset(panel->rows + tile->valid_rows * pitch, 0, (size_t)((tile->rows - tile->valid_rows) * pitch) * sizeof(real));
+        transpose_floats(panel->rows, pitch, tile->rows, head_dim, panel->query, tile->rows);
     }
-    memset(panel->rows + tile->valid_rows * pitch, 0, (size_t)((tile->rows - tile->valid_rows) * pitch) * sizeof(real));
-    transpose_floats(panel->rows, pitch, tile->rows, head_dim, panel->query, tile->rows);
+    if (!panel->plain) return;
+    const float factor = (float)(attention->softmax_scale / LN_2);
+    for (int64_t k = 0; k < head_dim * tile->rows; k += LANES) vector_store(panel->query + k, vector_load(panel->query + k) * factor);
 }
 
-/* Whether all of a block's numbers are finite: x * 0 is NaN for those that are not. The padding of rows is 0. */
+/* Whether all of a block's numbers are finite: x * 0 is NaN for those that are not. Rows are whole vectors. */
 static bool block_is_finite(const real* block, int64_t pitch, int64_t columns, int64_t channels) {
+    typedef vector __attribute__((aligned(4))) vector_in_memory;
     vector probe = vector_of(0);
     for (int64_t column = 0; column < columns; column++) {
-        for (int64_t channel = 0; channel < channels; channel += LANES) probe += vector_load(block + column * pitch + channel) * 0.0f;
+        const real* row = block + column * pitch;
+        for (int64_t channel = 0; channel < channels; channel += LANES) probe += *(const vector_in_memory*)(row + channel) * 0.0f;
     }
     return !vector_any(probe != 0);
 }
 
-/* Keys are used where they lie if they can be: each is read from its start to its end, so that cache sets do not matter. */
-static bool keys_stay(const cpu_attention* attention) {
-    const cpu_tensor* key = &attention->key;
-    return key->precision == CPU_FP32 && key->strides[3] == 1 && (uintptr_t)key->data % sizeof(real) == 0;
+/* Whether rows can be used where they lie. */
+static bool rows_stay(const cpu_tensor* tensor) {
+    return tensor->precision == CPU_FP32 && tensor->strides[3] == 1 && (uintptr_t)tensor->data % sizeof(real) == 0;
+}
+
+/* Values are read by columns: theirs must not share cache sets. */
+static bool values_stay(const cpu_attention* attention) {
+    enum { CLOSE = 32 };
+    const cpu_tensor* value = &attention->value;
+    return rows_stay(value) && attention->head_dim_v % LANES == 0 && value->strides[2] >= 0 && value->strides[2] <= CLOSE;
 }
 
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
     const head_position* at = &item->tile.position;
-    const cpu_tensor key = score_operand(&attention->key);
+    const cpu_tensor key = score_operand(&attention->key), *value = &attention->value;
     column_block* block = &item->block;
-    const int64_t head_dim_v = attention->head_dim_v, pitch_v = block->value_pitch;
-    if (keys_stay(attention)) {
+    const int64_t head_dim_v = attention->head_dim_v;
+    if (rows_stay(&attention->key)) { /* each is read from its start to its end, so that cache sets do not matter */
         block->key = (const real*)key.data + row_offset(&key, at->b, at->kv_head, first_column);
         block->key_pitch = key.strides[2];
     } else {
@@ -156,40 +172,50 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
         block->key_pitch = pitch_of(attention->head_dim);
         load_rows(&key, at->b, at->kv_head, first_column, columns, attention->head_dim, block->key_memory, block->key_pitch);
     }
-    load_rows(&attention->value, at->b, at->kv_head, first_column, columns, head_dim_v, block->value, pitch_v);
+    if (values_stay(attention)) {
+        block->value = (const real*)value->data + row_offset(value, at->b, at->kv_head, first_column);
+        block->value_pitch = value->strides[2];
+    } else {
+        block->value = block->value_memory;
+        block->value_pitch = pitch_of(head_dim_v);
+        load_rows(value, at->b, at->kv_head, first_column, columns, head_dim_v, block->value_memory, block->value_pitch);
+    }
     block->finite_value = block->value;
-    if (block_is_finite(block->value, pitch_v, columns, head_dim_v)) return;
+    if (block_is_finite(block->value, block->value_pitch, columns, head_dim_v)) return;
     block->finite_value = block->finite_copy;
-    copy_finite(block->value, pitch_v, columns, head_dim_v, block->finite_copy);
+    copy_finite(block->value, block->value_pitch, columns, head_dim_v, block->finite_copy);
 }
 
 /* ---- Softmax ------------------------------------------------------------------------------------------------------------------------- */
 
-/* Replaces a vector of rows of the panel's scores by exp2(score * factor - reference) and updates their statistics. `largest` are their
+/* Replaces a vector of rows of the panel's scores, as binary logarithms, by their weights and updates their statistics. `largest` are their
  * largest scores, -inf where none is attended. */
 INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     const score_tile* tile = &panel->tile;
     const row_statistics* statistics = &panel->statistics;
     const vector old = vector_load(statistics->highest + row);
-    const vector highest = vector_max(old, largest * panel->factor);
+    const vector highest = vector_max(old, __builtin_elementwise_ceil(largest));
+    const vector_mask any = highest != -INFINITY;
+    const vector size = __builtin_elementwise_abs(highest);
+    *(vector_mask*)(tile->infinite + row) |= (size > (float)LARGEST_REFERENCE) & any;
     /* Only -inf so far: any finite reference gives 2^-inf = 0. */
-    const vector reference = vector_select(highest == -INFINITY, vector_of(0), highest);
+    const vector reference = vector_select(any, highest, vector_of(0));
     vector sum = vector_of(0);
     const int64_t rows = tile->rows, columns = tile->columns;
     real* scores = tile->scores + row;
-    const float factor = panel->factor;
     int64_t column = 0;
     for (; column + 1 < columns; column += 2) {
         real* at = scores + column * rows;
-        vector weights[2] = {vector_load(at) * factor - reference, vector_load(at + rows) * factor - reference};
-        vectors_exp2(weights, 2);
+        vector weights[2] = {vector_load(at), vector_load(at + rows)};
+        vectors_exp2_above(weights, 2, reference);
         sum += weights[0];
         sum += weights[1];
         vector_store(at, weights[0]);
         vector_store(at + rows, weights[1]);
     }
     if (column < columns) {
-        const vector weight = vector_exp2(vector_load(scores + column * rows) * factor - reference);
+        vector weight = vector_load(scores + column * rows);
+        vectors_exp2_above(&weight, 1, reference);
         sum += weight;
         vector_store(scores + column * rows, weight);
     }
@@ -238,8 +264,7 @@ static void weigh_plain_panel(forward_workspace* panel) {
                 vector_store(at, selected);
             }
         }
-        const vector size = largest * panel->factor;
-        *(vector_mask*)(tile->infinite + row) |= ((probe + (size - size)) != 0) & any;
+        *(vector_mask*)(tile->infinite + row) |= (probe != 0) & any;
         *(vector_mask*)(panel->statistics.attended + row) |= any;
         weigh_rows(panel, row, largest);
     }
@@ -254,7 +279,10 @@ static void weigh_general_panel(const cpu_attention* attention, forward_workspac
         vector_mask attended = *(vector_mask*)(panel->statistics.attended + row);
         if (tile->full) attended = (vector_mask)(real_bits)-1;
         for (int64_t column = 0; column < tile->columns; column++) {
-            largest = vector_max(largest, vector_load(tile->scores + column * tile->rows + row));
+            real* at = tile->scores + column * tile->rows + row;
+            const vector logarithm = vector_load(at) * (float)(1 / LN_2);
+            largest = vector_max(largest, logarithm);
+            vector_store(at, logarithm);
             if (!tile->full) attended |= *(vector_mask*)(tile->attended + column * tile->rows + row);
         }
         *(vector_mask*)(panel->statistics.attended + row) = attended;
@@ -318,8 +346,7 @@ static bool is_plain(const cpu_attention* attention) {
 
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
-    item->factor = (float)((item->plain ? attention->softmax_scale : 1) / LN_2);
-    memset(item->block.value, 0, (size_t)(TILE_COLUMNS * item->block.value_pitch) * sizeof(real));
+    memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real)); /* the padding of rows */
     return true;
 }
 

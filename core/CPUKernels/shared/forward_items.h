@@ -68,10 +68,15 @@ static uint64_t close_panel(const cpu_attention* attention, forward_workspace* p
             vector_store(result, scaled);
         }
     }
-    transpose_floats(panel->output, rows, head_dim_v, rows, panel->rows, pitch);
+    float* in_place = find_tile_rows(attention, tile, &attention->output);
+    if (in_place) {
+        transpose_floats(panel->output, rows, head_dim_v, tile->valid_rows, in_place, attention->output.strides[2]);
+    } else {
+        transpose_floats(panel->output, rows, head_dim_v, rows, panel->rows, pitch);
+    }
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
-        store_row(&attention->output, at->b, place.h, place.i, head_dim_v, panel->rows + row * pitch);
+        if (!in_place) store_row(&attention->output, at->b, place.h, place.i, head_dim_v, panel->rows + row * pitch);
         const bool finite = probes[row / LANES][row % LANES] == 0;
         if (statistics->attended[row] && (tile->infinite[row] || !finite)) again |= (uint64_t)1 << row;
     }

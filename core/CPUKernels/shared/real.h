@@ -88,8 +88,13 @@ INLINE vector vector_exp(vector x) {
     return vector_select(x > 88.3f, vector_of(INFINITY), e);
 }
 
-/* Each x becomes 2^x within two units in the last place for normal results; smaller ones, and that of -inf, are 0; 2^0 is exactly 1. For x
- * below 128; that of NaN is not defined. `count`: at most 4. */
+/* Vectors of binary logarithms, taken to 2 to their power: within two units in the last place for normal results; smaller ones, and that of
+ * -inf, are 0. For logarithms below 128; what becomes of NaN is not defined. `count`: at most 4.
+ *   vectors_exp2(x, count)                     2^x; 2^0 is exactly 1
+ *   vectors_exp2_above(x, count, reference)    2^(x - reference), for references that are integers of at most LARGEST_REFERENCE: then the
+ *                                              argument is not rounded */
+enum { LARGEST_REFERENCE = 1 << 22 };
+
 #if defined(KERNEL_AVX512)
 /* 2^floor(x) by an instruction, the rest from the polynomial of least relative error (8.3e-8) on 0 ... 1. */
 INLINE void vectors_exp2(vector* x, const int count) {
@@ -106,14 +111,18 @@ INLINE void vectors_exp2(vector* x, const int count) {
         x[k] = (vector)_mm512_maskz_scalef_ps(normal, power, argument);
     }
 }
+
+INLINE void vectors_exp2_above(vector* x, const int count, vector reference) {
+    for (int k = 0; k < count; k++) x[k] -= reference;
+    vectors_exp2(x, count);
+}
 #else
-/* 2^n from the exponent bits, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2. Operation by operation for all
- * of them: one after the other, they would fill a processor's schedulers with what waits. */
-INLINE void vectors_exp2(vector* x, const int count) {
-    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
-    vector shifted[4], r[4], e[4];
-    for (int k = 0; k < count; k++) shifted[k] = x[k] + round_to_integer;
-    for (int k = 0; k < count; k++) r[k] = x[k] - (shifted[k] - round_to_integer);
+static const float ROUND_TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+
+/* 2^n from the exponent bits of `shifted`, n + ROUND_TO_INTEGER, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2.
+ * Operation by operation for all of them: one after the other, they would fill a processor's schedulers with what waits. */
+INLINE void vectors_exp2_parts(const vector* shifted, const vector* r, const int count, vector* result) {
+    vector e[4];
     for (int k = 0; k < count; k++) e[k] = 1.3264727e-3f * r[k] + 9.671513e-3f;
     for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 5.5507336e-2f;
     for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 2.4022242e-1f;
@@ -121,8 +130,23 @@ INLINE void vectors_exp2(vector* x, const int count) {
     for (int k = 0; k < count; k++) e[k] = e[k] * r[k] + 1.0f;
     for (int k = 0; k < count; k++) {
         const vector_mask bits = *(const vector_mask*)&e[k] + (*(const vector_mask*)&shifted[k] << 23);
-        x[k] = vector_select(x[k] < -126.0f, vector_of(0), *(const vector*)&bits);
+        result[k] = vector_select(shifted[k] < ROUND_TO_INTEGER - 125, vector_of(0), *(const vector*)&bits);
     }
+}
+
+INLINE void vectors_exp2(vector* x, const int count) {
+    vector shifted[4], r[4];
+    for (int k = 0; k < count; k++) shifted[k] = x[k] + ROUND_TO_INTEGER;
+    for (int k = 0; k < count; k++) r[k] = x[k] - (shifted[k] - ROUND_TO_INTEGER);
+    vectors_exp2_parts(shifted, r, count, x);
+}
+
+INLINE void vectors_exp2_above(vector* x, const int count, vector reference) {
+    const vector base = ROUND_TO_INTEGER - reference;
+    vector shifted[4], r[4];
+    for (int k = 0; k < count; k++) shifted[k] = x[k] + base;
+    for (int k = 0; k < count; k++) r[k] = x[k] - (shifted[k] - base);
+    vectors_exp2_parts(shifted, r, count, x);
 }
 #endif
 
