@@ -4,7 +4,8 @@
  * instruction set has that, KERNEL_AVX512.
  *
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
- * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone.
+ * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone; only
+ * the first ones are kept from the pass that finds the means.
  * Where each token has a scale, some tokens are worked on side by side, step by step: one alone is a long chain of operations. */
 #include "cpu_kernels.h"
 #include "../shared/naming.h"
@@ -30,6 +31,7 @@
 typedef struct row_workspace {
     double* sums;       /* of each channel over the tokens */
     float* rows;        /* of TOKENS_AT_ONCE tokens, rotated and smoothed as the scheme asks */
+    float* kept;        /* of the first tokens, rotated, where there are means to subtract */
     float* row;         /* the row in hand; the first of `rows` */
     float* means;       /* of each channel, while they are not yet in the output */
     float* scales;      /* of each channel of a band */
@@ -42,18 +44,31 @@ typedef struct row_workspace {
 enum {
     TOKENS_AT_ONCE = 8,
     WORKSPACE_BYTES_PER_CHANNEL = sizeof(double) + (TOKENS_AT_ONCE + 5) * sizeof(float) + sizeof(int8_t),
+    KEPT_BYTES = 1 << 17,
 };
 
-static size_t workspace_bytes(const cpu_quantization* quantization) {
-    return (size_t)quantization->head_dim * WORKSPACE_BYTES_PER_CHANNEL;
+/* Tokens whose rotated rows are kept, a multiple of TOKENS_AT_ONCE. */
+static int64_t kept_tokens(const cpu_quantization* quantization) {
+    if (quantization->output.channel_means == NULL || quantization->head_dim == 0) {
+        return 0;
+    }
+    const int64_t room = KEPT_BYTES / (quantization->head_dim * (int64_t)sizeof(float));
+    return (quantization->seq_len < room ? quantization->seq_len : room) / TOKENS_AT_ONCE * TOKENS_AT_ONCE;
 }
 
-static row_workspace divide_workspace(void* workspace, int64_t head_dim) {
+static size_t workspace_bytes(const cpu_quantization* quantization) {
+    const size_t kept = (size_t)kept_tokens(quantization) * sizeof(float);
+    return (size_t)quantization->head_dim * (WORKSPACE_BYTES_PER_CHANNEL + kept);
+}
+
+static row_workspace divide_workspace(const cpu_quantization* quantization, void* workspace) {
+    const int64_t head_dim = quantization->head_dim;
     row_workspace parts;
     parts.sums = workspace;
     parts.rows = (float*)(parts.sums + head_dim);
     parts.row = parts.rows;
-    parts.means = parts.rows + TOKENS_AT_ONCE * head_dim;
+    parts.kept = parts.rows + TOKENS_AT_ONCE * head_dim;
+    parts.means = parts.kept + kept_tokens(quantization) * head_dim;
     parts.scales = parts.means + head_dim;
     parts.zero_points = parts.scales + head_dim;
     parts.highest = (uint32_t*)(parts.zero_points + head_dim);
@@ -82,7 +97,7 @@ static quantization_item make_item(const cpu_quantization* quantization, int64_t
         .tokens = quantization->lengths != NULL ? quantization->lengths[b] : quantization->seq_len,
         .channels = quantization->head_dim,
         .means = NULL,
-        .work = divide_workspace(workspace, quantization->head_dim),
+        .work = divide_workspace(quantization, workspace),
     };
 }
 
@@ -91,26 +106,60 @@ static int64_t tokens_together(const quantization_item* item, int64_t s) {
     return item->tokens - s < TOKENS_AT_ONCE ? item->tokens - s : TOKENS_AT_ONCE;
 }
 
-/* Puts tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks, into work.rows. */
-static void load_tokens(const quantization_item* item, int64_t first, int64_t count) {
+/* Tokens side by side: rows of channels, `pitch` apart. */
+typedef struct token_rows {
+    const float* first;
+    int64_t pitch;
+} token_rows;
+
+/* Puts tokens first ..< first + count, rounded to FP32 and rotated if the scheme asks for it, into `rows`, one behind the other. */
+static void load_rotated_tokens(const quantization_item* item, int64_t first, int64_t count, float* rows) {
     const cpu_quantization* quantization = item->quantization;
     const int64_t channels = item->channels;
-    float* rows = item->work.rows;
-    load_rows_float(&quantization->input, item->b, item->h, first, count, channels, rows, channels);
-    const float factor = quantization->output.rotated ? rotate_rows(rows, count, channels) : 1.0f;
+    if (!quantization->output.rotated) {
+        load_rows_float(&quantization->input, item->b, item->h, first, count, channels, rows, channels);
+        return;
+    }
+    for (int64_t row = 0; row < count; ++row) {
+        float* out = rows + row * channels;
+        const void* source = find_row_float(&quantization->input, item->b, item->h, first + row);
+        if (source == NULL) {
+            load_row_float(&quantization->input, item->b, item->h, first + row, channels, out);
+            source = out;
+        }
+        rotate_row(source, out, channels);
+    }
+}
+
+/* Tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks. */
+static token_rows load_tokens(const quantization_item* item, int64_t first, int64_t count) {
+    const int64_t channels = item->channels;
     const float* means = item->means;
+    float* rows = item->work.rows;
+    const float* source = rows;
+    if (means != NULL && first + count <= kept_tokens(item->quantization)) {
+        source = item->work.kept + first * channels;
+    } else {
+        load_rotated_tokens(item, first, count, rows);
+    }
     if (means != NULL) {
         for (int64_t row = 0; row < count; ++row) {
             for (int64_t d = 0; d < channels; ++d) {
-                const float number = rows[row * channels + d] * factor;
-                rows[row * channels + d] = number - means[d];
+                rows[row * channels + d] = source[row * channels + d] - means[d];
             }
         }
-    } else if (quantization->output.rotated) {
-        for (int64_t k = 0; k < count * channels; ++k) {
-            rows[k] *= factor;
-        }
     }
+    return (token_rows){rows, channels};
+}
+
+/* The same, but not moved where nothing is done to them. */
+static token_rows find_tokens(const quantization_item* item, int64_t first, int64_t count) {
+    const cpu_quantization* quantization = item->quantization;
+    const float_in_memory* row = find_row_float(&quantization->input, item->b, item->h, first);
+    if (row != NULL && (uintptr_t)row % sizeof(float) == 0 && !quantization->output.rotated && item->means == NULL) {
+        return (token_rows){(const float*)row, quantization->input.strides[2]};
+    }
+    return load_tokens(item, first, count);
 }
 
 static void load_row(const quantization_item* item, int64_t s) {
@@ -156,7 +205,7 @@ static void add_rows(const float* rows, int64_t count, int64_t channels, double*
     }
 }
 
-/* Computes each channel's mean into `means`, which load_tokens() subtracts from now on. */
+/* Computes each channel's mean into `means`, which load_tokens() subtracts from now on, and keeps the first tokens for it. */
 static void smooth_item(quantization_item* item, float* means) {
     double* sums = item->work.sums;
     for (int64_t d = 0; d < item->channels; ++d) {
@@ -164,8 +213,9 @@ static void smooth_item(quantization_item* item, float* means) {
     }
     for (int64_t s = 0; s < item->tokens; s += TOKENS_AT_ONCE) {
         const int64_t count = tokens_together(item, s);
-        load_tokens(item, s, count);
-        add_rows(item->work.rows, count, item->channels, sums);
+        float* rows = s + count <= kept_tokens(item->quantization) ? item->work.kept + s * item->channels : item->work.rows;
+        load_rotated_tokens(item, s, count, rows);
+        add_rows(rows, count, item->channels, sums);
     }
     for (int64_t d = 0; d < item->channels; ++d) {
         means[d] = item->tokens > 0 ? (float)(sums[d] / (double)item->tokens) : 0.0f;
@@ -472,13 +522,12 @@ static void encode_token(const quantization_item* item, const float* row, scale_
 static bool write_tokens(const quantization_item* item, int64_t first, int64_t count, int64_t index) {
     const cpu_tensor* output = &item->quantization->output;
     const int64_t channels = item->channels;
-    const float* rows = item->work.rows;
     value_range ranges[TOKENS_AT_ONCE];
     scale_and_zero_point values[TOKENS_AT_ONCE];
-    load_tokens(item, first, count);
+    const token_rows rows = find_tokens(item, first, count);
     bool finite = true;
     for (int64_t row = 0; row < count; ++row) {
-        const float* numbers = rows + row * channels;
+        const float* numbers = rows.first + row * rows.pitch;
         ranges[row] = output->zero_points == NULL ? magnitude_of_row(numbers, channels)
                                                   : range_of_extremes(extremes_with(EXTREMES_OF_NONE, numbers, channels));
         finite &= isfinite(ranges[row].lowest) && isfinite(ranges[row].highest);
@@ -493,7 +542,7 @@ static bool write_tokens(const quantization_item* item, int64_t first, int64_t c
     const bool in_place = output->precision == CPU_INT8 && output->strides[3] == 1;
     for (int64_t row = 0; row < count; ++row) {
         int8_t* codes = in_place ? (int8_t*)output->data + row_offset(output, item->b, item->h, first + row) : item->work.codes;
-        encode_token(item, rows + row * channels, values[row], codes);
+        encode_token(item, rows.first + row * rows.pitch, values[row], codes);
         if (!in_place) {
             store_codes(item, first + row);
         }

@@ -184,82 +184,110 @@ static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int6
 /* ---- Rotation and dequantisation ----------------------------------------------------------------------------------------------------- */
 
 /* Sixteen numbers, in as many registers as the instruction set needs. */
-typedef float rotation_vector __attribute__((vector_size(64)));
-typedef int32_t rotation_signs __attribute__((vector_size(64)));
+typedef float rotation_vector __attribute__((ext_vector_type(16)));
 
-enum { ROTATION_LANES = 16 };
+enum { ROTATION_LANES = 16, ROTATION_VECTORS = 4 };
 
-/* One stage on numbers `distance` lanes apart: those of each pair become their sum and their difference. Negating is exact, so a + (-b) has
- * the bits of a - b. */
-#define ROTATE_STAGE(vector, signs, ...)                                                      \
-    do {                                                                                      \
-        const rotation_vector partner = __builtin_shufflevector(vector, vector, __VA_ARGS__); \
-        vector = partner + (rotation_vector)((rotation_signs)vector ^ (signs));               \
-    } while (0)
+/* One stage on numbers some lanes apart: those of each pair become their sum and their difference. Products by 1 and -1 are exact, so that
+ * both are rounded once, also where one instruction multiplies and adds. */
+#if defined(KERNEL_TARGET) || defined(__aarch64__)
+#define ROTATION_ADD(product, sign, number) __builtin_elementwise_fma(product, sign, number)
+#else
+#define ROTATION_ADD(product, sign, number) ((product) * (sign) + (number))
+#endif
+#define ROTATE_STAGE(vector, signs, ...) vector = ROTATION_ADD(vector, signs, __builtin_shufflevector(vector, vector, __VA_ARGS__))
 
-/* The stages of distance 1, 2, 4 and 8, on sixteen numbers. */
-static inline void rotate_sixteen(float* numbers) {
+/* The stages of distance 1, 2, 4 ... up to half of sixteen times `vectors` numbers, at most ROTATION_VECTORS, and the product of what results
+ * and a factor. From `source` to `target`, which may be the same. */
+static inline __attribute__((always_inline)) void rotate_block(const void* source, float* target, const int vectors, float factor) {
 #pragma clang fp contract(off)
-    const int32_t minus = INT32_MIN;
-    const rotation_signs by_1 = {0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus, 0, minus};
-    const rotation_signs by_2 = {0, 0, minus, minus, 0, 0, minus, minus, 0, 0, minus, minus, 0, 0, minus, minus};
-    const rotation_signs by_4 = {0, 0, 0, 0, minus, minus, minus, minus, 0, 0, 0, 0, minus, minus, minus, minus};
-    const rotation_signs by_8 = {0, 0, 0, 0, 0, 0, 0, 0, minus, minus, minus, minus, minus, minus, minus, minus};
-    rotation_vector vector;
-    memcpy(&vector, numbers, sizeof vector);
-    ROTATE_STAGE(vector, by_1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    ROTATE_STAGE(vector, by_2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    ROTATE_STAGE(vector, by_4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    ROTATE_STAGE(vector, by_8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    memcpy(numbers, &vector, sizeof vector);
+    const rotation_vector by_1 = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
+    const rotation_vector by_2 = {1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1, 1, 1, -1, -1};
+    const rotation_vector by_4 = {1, 1, 1, 1, -1, -1, -1, -1, 1, 1, 1, 1, -1, -1, -1, -1};
+    const rotation_vector by_8 = {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1};
+    rotation_vector numbers[ROTATION_VECTORS];
+    memcpy(numbers, source, (size_t)vectors * sizeof(rotation_vector));
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; ++v) {
+        ROTATE_STAGE(numbers[v], by_1, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+        ROTATE_STAGE(numbers[v], by_2, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+        ROTATE_STAGE(numbers[v], by_4, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+        ROTATE_STAGE(numbers[v], by_8, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    }
+#pragma clang loop unroll(full)
+    for (int distance = 1; distance < vectors; distance *= 2) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; ++v) {
+            if ((v & distance) != 0) {
+                continue;
+            }
+            const rotation_vector sum = numbers[v] + numbers[v + distance], difference = numbers[v] - numbers[v + distance];
+            numbers[v] = sum;
+            numbers[v + distance] = difference;
+        }
+    }
+#pragma clang loop unroll(full)
+    for (int v = 0; v < vectors; ++v) {
+        numbers[v] *= factor;
+    }
+    memcpy(target, numbers, (size_t)vectors * sizeof(rotation_vector));
 }
 
 #undef ROTATE_STAGE
+#undef ROTATION_ADD
 
-/* The Walsh-Hadamard transform of each block of n numbers, in place, n being the largest power of two that divides `channels`: natural order,
- * stages of distance 1, 2, 4 ... n/2. What is returned, the FP32 number nearest 1/sqrt(n), is to be multiplied with afterwards: then it is
- * its own inverse. The numbers are those of `rows` rows of `channels`; stages go over all of them, so that none waits for the one before. */
-static inline float rotate_rows(float* numbers, int64_t rows, int64_t channels) {
+/* A stage of one distance on n numbers, and the product of what results and a factor. */
+static inline void rotate_stage(float* numbers, int64_t n, int64_t distance, float factor) {
 #pragma clang fp contract(off)
-    const int64_t n = channels & -channels, count = rows * channels;
-    int64_t distance = 1;
-    if (n >= ROTATION_LANES) {
-        for (int64_t start = 0; start < count; start += ROTATION_LANES) {
-            rotate_sixteen(numbers + start);
-        }
-        distance = ROTATION_LANES;
-    }
-    for (; distance < n; distance *= 2) {
-        for (int64_t start = 0; start < count; start += 2 * distance) {
-            float *first = numbers + start, *second = first + distance;
-            int64_t d = 0;
-            for (; d + ROTATION_LANES <= distance; d += ROTATION_LANES) {
-                rotation_vector a, b;
-                memcpy(&a, first + d, sizeof a);
-                memcpy(&b, second + d, sizeof b);
-                const rotation_vector sum = a + b, difference = a - b;
-                memcpy(first + d, &sum, sizeof sum);
-                memcpy(second + d, &difference, sizeof difference);
-            }
-            for (; d < distance; ++d) {
-                const float x = first[d], y = second[d];
-                first[d] = x + y;
-                second[d] = x - y;
-            }
+    for (int64_t start = 0; start < n; start += 2 * distance) {
+        float *first = numbers + start, *second = first + distance;
+        for (int64_t d = 0; d < distance; ++d) {
+            const float x = first[d], y = second[d];
+            first[d] = (x + y) * factor;
+            second[d] = (x - y) * factor;
         }
     }
-    float factor = 1.0f;
-    int64_t rest = n;
-    for (; rest >= 4; rest /= 4) {
-        factor *= 0.5f;
-    }
-    return factor * (rest == 2 ? 0x1.6a09e6p-1f : 1.0f); /* 1/sqrt(2); powers of two keep it the nearest */
 }
 
-static inline void rotate_row(float* row, int64_t channels) {
-    const float factor = rotate_rows(row, 1, channels);
-    for (int64_t d = 0; d < channels; ++d) {
-        row[d] *= factor;
+/* The FP32 number nearest 1/sqrt(n), for a power of two. */
+static inline float rotation_factor(int64_t n) {
+    float factor = 1.0f;
+    for (; n >= 4; n /= 4) {
+        factor *= 0.5f;
+    }
+    return factor * (n == 2 ? 0x1.6a09e6p-1f : 1.0f); /* 1/sqrt(2); powers of two keep it the nearest */
+}
+
+/* The Walsh-Hadamard transform of each block of n numbers, n being the largest power of two that divides `channels`: natural order, stages of
+ * distance 1, 2, 4 ... n/2, then one product by the factor that makes it its own inverse. From `source`, floats at any address, to `target`,
+ * which may be the same. */
+static inline void rotate_row(const void* source, float* target, int64_t channels) {
+    const int64_t n = channels & -channels;
+    const float factor = rotation_factor(n);
+    int64_t distance = 1;
+    if (n < ROTATION_LANES) {
+        memmove(target, source, (size_t)channels * sizeof(float));
+    } else if (n == ROTATION_LANES) {
+        for (int64_t start = 0; start < channels; start += n) {
+            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, 1, factor);
+        }
+        return;
+    } else if (n == 2 * ROTATION_LANES) {
+        for (int64_t start = 0; start < channels; start += n) {
+            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, 2, factor);
+        }
+        return;
+    } else {
+        distance = ROTATION_VECTORS * ROTATION_LANES;
+        for (int64_t start = 0; start < channels; start += distance) {
+            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, ROTATION_VECTORS,
+                         n == distance ? factor : 1.0f);
+        }
+    }
+    for (; distance < n; distance *= 2) {
+        for (int64_t start = 0; start < channels; start += n) {
+            rotate_stage(target + start, n, distance, 2 * distance == n ? factor : 1.0f);
+        }
     }
 }
 
@@ -310,7 +338,7 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
         }
     }
     if (tensor->rotated) {
-        rotate_row(out, channels);
+        rotate_row(out, out, channels);
     }
 }
 
@@ -362,13 +390,19 @@ static inline void load_row_float(const cpu_tensor* tensor, int64_t b, int64_t h
     }
 }
 
+/* Row (b, h, s) of a tensor where it lies, if it is FP32 numbers that follow one another: the most frequent rows. Else NULL. */
+static inline const float_in_memory* find_row_float(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
+    const bool lies = tensor->precision == CPU_FP32 && tensor->strides[3] == 1;
+    return lies ? (const float_in_memory*)tensor->data + row_offset(tensor, b, h, s) : NULL;
+}
+
 /* Rows first ..< first + rows, `pitch` apart. */
 static inline void load_rows_float(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first, int64_t rows, int64_t channels,
                                    float* out, int64_t pitch) {
     for (int64_t row = 0; row < rows; ++row) {
         float* copy = out + row * pitch;
-        if (tensor->precision == CPU_FP32 && tensor->strides[3] == 1) { /* the most frequent rows, and the shortest work */
-            const float_in_memory* source = (const float_in_memory*)tensor->data + row_offset(tensor, b, h, first + row);
+        const float_in_memory* source = find_row_float(tensor, b, h, first + row);
+        if (source != NULL) {
             for (int64_t d = 0; d < channels; ++d) {
                 copy[d] = source[d];
             }

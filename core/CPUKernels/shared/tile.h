@@ -174,7 +174,7 @@ static void leave_score_space(const cpu_tensor* tensor, real* row, int64_t chann
 #if KERNEL_FP64
     (void)tensor, (void)row, (void)channels;
 #else
-    if (tensor->rotated) rotate_row(row, channels);
+    if (tensor->rotated) rotate_row(row, row, channels);
 #endif
 }
 
