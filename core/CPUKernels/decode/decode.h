@@ -474,11 +474,9 @@ static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_
     float* output = workspace->row; /* of whole steps */
     real logsumexp;
     const real factor = finish_row(attention, h, &statistics, 0, &logsumexp);
-    const int64_t step = CHANNEL_STEP(precision), turns = VALUE_TURNS(precision);
+    const int64_t step = CHANNEL_STEP(precision);
     for (int64_t start = 0; start < padded; start += step) {
-        for (int64_t turn = 0; turn < turns; turn++) {
-            for (int64_t d = start + turn; d < start + step; d += turns) output[d] = attended ? *sums++ * factor : 0;
-        }
+        for (int64_t d = 0; d < step; d++) output[start + value_channel(precision, d)] = attended ? sums[start + d] * factor : 0;
     }
     for (int64_t d = 0; d < channels && scales; d++) output[d] *= scales[d * value->scale_strides[3]];
     store_row(&attention->output, b, h, i, channels, output);

@@ -60,7 +60,13 @@ INLINE numbers load_key(const cpu_precision precision, const bool shifted, const
     return shifted ? value - zero_point : value;
 }
 
-/* The same for values of KEYS_IN_SUM keys. */
+/* Which channel of a step of values the number at `place` is, where slice after slice of load_values() is put behind one another. */
+INLINE int64_t value_channel(cpu_precision precision, int64_t place) {
+    const int64_t turns = VALUE_TURNS(precision), of_turn = CHANNEL_STEP(precision) / turns;
+    return place % of_turn * turns + place / of_turn;
+}
+
+/* The same as load_key() for values of KEYS_IN_SUM keys. */
 INLINE numbers load_values(const cpu_precision precision, const bool shifted, const char* step, const char* next, const int half,
                            slice zero_point) {
     (void)next;

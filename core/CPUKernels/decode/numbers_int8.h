@@ -1,8 +1,9 @@
 /* The numbers that decode kernels multiply, in integers of 16 bits: INT8 and INT4 codes, queries and weights. One instruction (vpmaddwd)
  * multiplies pairs of them and adds each pair up to 32 bits; with VNNI it adds to a sum as well (vpdpwssd).
  *
- * Codes are multiplied as unsigned numbers, code + BIAS: those come out of their bytes by a mask or a shift, without moving between lanes.
- * What that adds to a sum, bias times the sum of the other factors, is taken off together with zero points.
+ * INT8 codes become such integers as registers of 32 bytes load them. Otherwise they are multiplied as unsigned numbers, code + CODE_BIAS:
+ * those come out of their bytes by a mask or a shift, without moving between lanes. What that adds to a sum, bias times the sum of the other
+ * factors, is taken off together with zero points.
  *
  * Queries that are quantised by rows are taken as they are, others are rounded to 16 bits: an error of at most 1/65534 of the row's largest
  * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most
@@ -21,11 +22,13 @@ enum {
 
 /* Channels that loops go through at once: those of a register of bytes. */
 #define CHANNEL_STEP(precision) ((precision) == CPU_INT4 ? 8 * SLICE : 4 * SLICE)
+/* Whether codes are widened as they are loaded: then they need no bias. */
+#define WIDENS(precision) (SLICE == 8 && (precision) == CPU_INT8)
 /* In how many turns the numbers of a step are taken: turn `n` has the channels n, n + turns, n + 2 * turns ... */
-#define KEY_TURNS(precision) ((precision) == CPU_INT4 ? 4 : 2)
+#define KEY_TURNS(precision) ((precision) == CPU_INT4 ? 4 : WIDENS(precision) ? 1 : 2)
 #define VALUE_TURNS(precision) ((precision) == CPU_INT4 ? 8 : 4)
 /* What is added to codes. */
-#define CODE_BIAS(precision) ((precision) == CPU_INT4 ? 8 : 128)
+#define CODE_BIAS(precision) ((precision) == CPU_INT4 ? 8 : WIDENS(precision) ? 0 : 128)
 
 typedef numbers __attribute__((aligned(1), may_alias)) numbers_in_memory;
 typedef uint32_t word_slice __attribute__((ext_vector_type(SLICE)));
@@ -56,6 +59,15 @@ INLINE slice slice_of_sums(accumulator values) {
     return __builtin_convertvector(values, slice);
 }
 
+#if KERNEL_SLICE == 8
+/* Sixteen bytes as 16-bit integers. */
+INLINE numbers widened_codes(const char* bytes) {
+    __m128i codes;
+    memcpy(&codes, bytes, sizeof codes);
+    return (numbers)_mm256_cvtepi8_epi16(codes);
+}
+#endif
+
 /* Number `turn` of each 16 bits of codes, biased. */
 INLINE numbers biased_codes(const cpu_precision precision, numbers codes, const int turn) {
     if (precision == CPU_INT4) return ((codes ^ 0x8888) >> (4 * turn)) & 15;
@@ -66,13 +78,30 @@ INLINE numbers biased_codes(const cpu_precision precision, numbers codes, const 
 /* Turn `turn` of a step of a key. */
 INLINE numbers load_key(const cpu_precision precision, const bool shifted, const char* step, const int turn, slice zero_point) {
     (void)shifted, (void)zero_point;
+#if KERNEL_SLICE == 8
+    if (WIDENS(precision)) return widened_codes(step + turn * 16);
+#endif
     return biased_codes(precision, *(const numbers_in_memory*)step, turn);
 }
 
-/* Turn `turn` of a step of the values of KEYS_IN_SUM keys: in each lane of 32 bits a number of the one and of the other. */
+/* Which channel of a step of values the number at `place` is, where slice after slice of load_values() is put behind one another. */
+INLINE int64_t value_channel(cpu_precision precision, int64_t place) {
+    if (WIDENS(precision)) return (place & ~12) | (place & 4) << 1 | (place & 8) >> 1;
+    const int64_t turns = VALUE_TURNS(precision), of_turn = CHANNEL_STEP(precision) / turns;
+    return place % of_turn * turns + place / of_turn;
+}
+
+/* Slice `turn` of a step of the values of KEYS_IN_SUM keys: in each lane of 32 bits a number of the one and of the other. */
 INLINE numbers load_values(const cpu_precision precision, const bool shifted, const char* step, const char* next, const int turn,
                            slice zero_point) {
     (void)shifted, (void)zero_point;
+#if KERNEL_SLICE == 8
+    if (WIDENS(precision)) {
+        const numbers first = widened_codes(step + turn / 2 * 16), second = widened_codes(next + turn / 2 * 16);
+        return turn % 2 == 0 ? __builtin_shufflevector(first, second, 0, 16, 1, 17, 2, 18, 3, 19, 8, 24, 9, 25, 10, 26, 11, 27)
+                             : __builtin_shufflevector(first, second, 4, 20, 5, 21, 6, 22, 7, 23, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#endif
     const int turns = VALUE_TURNS(precision) / 2;
     const word_slice a = *(const word_slice_in_memory*)step, b = *(const word_slice_in_memory*)next;
     word_slice shifted_halves = turn < turns ? b << 16 : a >> 16;

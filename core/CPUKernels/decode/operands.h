@@ -159,6 +159,13 @@ static row_stream stream_rows(const operand* operand, int64_t first, int64_t row
 
 INLINE void fetch_lines(row_stream* stream) {
     const char *line = stream->line, *end = stream->end;
+    const int64_t bytes = stream->lines_at_once * CACHE_LINE;
+    if (line && end - line >= bytes) { /* of one row, or of rows that follow one another */
+        stream->line = line + bytes;
+#pragma clang loop unroll(disable)
+        for (; line < stream->line; line += CACHE_LINE) __builtin_prefetch(line);
+        return;
+    }
 #pragma clang loop unroll(disable)
     for (int64_t left = stream->lines_at_once; left > 0; left--, line += CACHE_LINE) {
         if (line >= end) {

@@ -94,6 +94,26 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
 /* Slices of values in a step. */
 #define VALUE_SLICES(precision) (CHANNEL_STEP(precision) / SLICE)
 
+/* Adds some slices of the values of KEYS_IN_SUM keys, from slice `first` of a step on, to the sums of `rows` rows. The keys' steps are at `at`
+ * and `next`, and the weights of the rows BLOCK_KEYS apart. */
+INLINE void add_values_of_keys(const cpu_precision precision, const bool shifted, const int rows, const int first, const int slices,
+                               const char* at, const char* next, const number* weights, float zero_point, accumulator totals[ROWS][4]) {
+    const int64_t step_bytes = row_bytes(precision, CHANNEL_STEP(precision));
+    numbers channels[4];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < slices; n++) {
+        const int64_t bytes = (first + n) / VALUE_SLICES(precision) * step_bytes;
+        const int turn = (first + n) % VALUE_SLICES(precision);
+        channels[n] = load_values(precision, shifted, at + bytes, next + bytes, turn, slice_of(zero_point));
+    }
+#pragma clang loop unroll(full)
+    for (int row = 0; row < rows; row++) {
+        const numbers weight = numbers_of_keys(weights + row * BLOCK_KEYS);
+#pragma clang loop unroll(full)
+        for (int n = 0; n < slices; n++) totals[row][n] = add_products(totals[row][n], weight, channels[n]);
+    }
+}
+
 /* The weighted sum of some slices of the block's values for `rows` rows, from slice `first` of a step on: output[row][slice]. Returns 0 if
  * all of it is finite, else NaN in some lane. */
 INLINE slice multiply_values(const cpu_precision precision, const bool shifted, const int rows, const int first, const int slices,
@@ -106,28 +126,26 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
 #pragma clang loop unroll(full)
         for (int n = 0; n < slices; n++) totals[row][n] = (accumulator){0};
     }
-    for (int64_t column = 0; column < value->columns; column += KEYS_BETWEEN_FETCHES) {
+    const int64_t stride = value->stride, columns = value->columns, whole = columns / KEYS_IN_SUM * KEYS_IN_SUM;
+#define ADD_KEYS(k, at, next) \
+    add_values_of_keys(precision, shifted, rows, first, slices, at, next, weights + (k), value->zero_points[k], totals)
+    int64_t column = 0;
+    for (; column + KEYS_BETWEEN_FETCHES <= columns; column += KEYS_BETWEEN_FETCHES) {
         fetch_lines(stream);
-        const int64_t end = minimum(column + KEYS_BETWEEN_FETCHES, value->columns);
-        for (int64_t k = column; k < end; k += KEYS_IN_SUM) {
-            const char* at = values + k * value->stride;
-            const char* next = k + 1 < value->columns ? at + value->stride : at; /* a lone key beside itself has a weight of 0 */
-            const slice zero_point = slice_of(value->zero_points[k]);
-            numbers channels[4];
-#pragma clang loop unroll(full)
-            for (int n = 0; n < slices; n++) {
-                const int64_t bytes = (first + n) / VALUE_SLICES(precision) * step_bytes;
-                const int turn = (first + n) % VALUE_SLICES(precision);
-                channels[n] = load_values(precision, shifted, at + bytes, next + bytes, turn, zero_point);
-            }
-#pragma clang loop unroll(full)
-            for (int row = 0; row < rows; row++) {
-                const numbers weight = numbers_of_keys(weights + row * BLOCK_KEYS + k);
-#pragma clang loop unroll(full)
-                for (int n = 0; n < slices; n++) totals[row][n] = add_products(totals[row][n], weight, channels[n]);
-            }
-        }
+        const char* at = values + column * stride;
+#pragma clang loop unroll_count(4)
+        for (int k = 0; k < KEYS_BETWEEN_FETCHES; k += KEYS_IN_SUM, at += KEYS_IN_SUM * stride) ADD_KEYS(column + k, at, at + stride);
     }
+    if (column < columns) fetch_lines(stream);
+    for (; column < whole; column += KEYS_IN_SUM) {
+        const char* at = values + column * stride;
+        ADD_KEYS(column, at, at + stride);
+    }
+    if (column < columns) { /* a lone key beside itself has a weight of 0 */
+        const char* at = values + column * stride;
+        ADD_KEYS(column, at, at);
+    }
+#undef ADD_KEYS
     slice excess = slice_of(0); /* x - x is 0 for a finite x, else NaN */
 #pragma clang loop unroll(full)
     for (int row = 0; row < rows; row++) {
