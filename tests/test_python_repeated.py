@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import numpy as np
@@ -63,6 +64,56 @@ def test_attention__arrays_of_another_kind__are_not_taken_for_the_last_ones(chan
     got = umfa.attention(q, k, v, **keywords)
     assert got.dtype == expected.dtype
     assert got.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_attention__contiguous_arrays_after_others_of_their_shape__are_read_as_they_lie(which, rng):
+    contiguous, other = operands(rng), operands(rng)
+    other[which] = np.asfortranarray(other[which])
+    expected = umfa.attention(*contiguous, return_lse=True)[0]
+    for _ in range(2):
+        umfa.attention(*other)
+    assert umfa.attention(*contiguous).tobytes() == expected.tobytes()
+
+
+def test_attention__an_unaligned_array_in_a_repeated_call__is_refused_as_in_the_first(rng):
+    q, k, v = operands(rng)
+    unaligned = np.frombuffer(bytes(k.nbytes + 1), np.uint8)[1:].view(np.float32).reshape(k.shape)
+    for _ in range(2):
+        umfa.attention(q, k, v)
+    with pytest.raises(umfa.InvalidArgumentError, match=r"^umfa\.attention: k: expected aligned elements, got an unaligned array"):
+        umfa.attention(q, unaligned, v)
+
+
+class EqualToAll:
+    """Also to what a call before was given."""
+
+    def __eq__(self, other):
+        return True
+
+    def __hash__(self):
+        return 0
+
+
+@pytest.mark.parametrize("argument", ["layout", "causal", "scale", "softcap", "dropout_p", "seed", "dropout_offset", "return_lse"])
+def test_attention__a_repeated_call_with_an_object_that_equals_all__is_refused(argument, rng):
+    q, k, v = operands(rng)
+    for _ in range(2):
+        umfa.attention(q, k, v)
+    with pytest.raises(umfa.InvalidTypeError, match=f"umfa.attention: {argument}: "):
+        umfa.attention(q, k, v, **{argument: EqualToAll()})
+
+
+def test_attention__repeated_calls__keep_no_array(rng):
+    q, k, v = operands(rng)
+    before = [sys.getrefcount(array) for array in (q, k, v)]
+    for _ in range(3):
+        result = umfa.attention(q, k, v)
+    for strange in (np.asfortranarray(q), q[:, :, :5].copy()):
+        umfa.attention(strange, k, v)
+        assert sys.getrefcount(strange) == 3  # this name, the loop's tuple, the argument
+    assert [sys.getrefcount(array) for array in (q, k, v)] == before
+    assert sys.getrefcount(result) == 2
 
 
 def test_attention__results_of_repeated_calls__do_not_share_memory(rng):

@@ -20,7 +20,6 @@ from umfa.arrays import (
     NUMPY,
     ArrayView,
     Framework,
-    allocate,
     is_recorded,
     is_tensor,
     numpy_of,
@@ -35,6 +34,7 @@ __all__ = ["attention", "attention_backward", "flash_attention_forward"]
 
 _ATTENTION_SIZE = ffi.sizeof("mfa_attention_t")
 _GRADIENTS_SIZE = ffi.sizeof("mfa_attention_gradients_t")
+_from_buffer = ffi.from_buffer
 _TENSOR_SIZE = ffi.sizeof("mfa_tensor_t")
 _LOWER_RIGHT = ffi.integer_const("MFA_ALIGNMENT_LOWER_RIGHT")
 _INT64 = (-(2**63), 2**63 - 1)
@@ -45,11 +45,12 @@ _GRADIENTS = ("query", "key", "value", "mask", "sinks", "alibi_slopes")
 class _Workspace:
     """The C structures of one call. They are kept and used again, because making them costs more than filling them."""
 
-    __slots__ = ("attention", "blank", "gradients", "key", "mask", "output", "query", "result", "signature", "value")
+    __slots__ = ("attention", "blank", "dtype", "gradients", "key", "mask", "output", "query", "shape", "signature", "value")
 
     def __init__(self) -> None:
         self.signature: tuple[Any, ...] | None = None  # of the call that the structures are filled for, where `_signature` gave one
-        self.result: tuple[tuple[int, ...], Any] = ((), None)  # shape and dtype of that call's result
+        self.shape: tuple[int, ...] = ()  # of that call's result
+        self.dtype: Any = None  # of that call's result
         self.query, self.key, self.value, self.output, self.mask = (_new_tensor() for _ in range(5))
         attention = ffi.new("mfa_attention_t *")
         lib.mfa_attention_initialize(attention, _ATTENTION_SIZE)
@@ -386,8 +387,9 @@ def _forward(
     out: Any,
     return_lse: Any,
     names: tuple[str, str, str, str] = _NAMES,
+    signature: tuple[Any, ...] | None = None,
 ) -> Any:
-    """What `attention` does; `names` are those of its arguments to the user."""
+    """Attention, recorded or not. `names` are those of its arguments to the user; `signature` is that of a call that may be repeated."""
     with_lse = return_lse is not False and flag(function, "return_lse", return_lse)
     if is_recorded(q, k, v, options.mask, options.alibi_slopes, options.sinks, out):
         if out is not None:
@@ -399,36 +401,68 @@ def _forward(
 
         result, lse = _autograd.attention(function, context, q, k, v, layout, options, names)
     else:
-        result, lse, _ = _compute(function, context, q, k, v, layout, options, out, with_lse, names)
+        result, lse, _ = _compute(function, context, q, k, v, layout, options, out, with_lse, names, signature)
     return (result, lse) if with_lse else result
 
 
-def _signature(q: Any, k: Any, v: Any, layout: str, options: _Options) -> tuple[Any, ...] | None:
-    """What tells plain calls on contiguous NumPy arrays apart, but for the addresses: of two with one signature, only those differ.
+def _signature(q: Any, k: Any, v: Any, layout: str, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """What tells plain calls on NumPy arrays apart: of two with one signature, if all arrays are contiguous, only addresses differ.
 
     Most of what a small call costs is looking at its arguments; a loop makes it with the same ones again and again. None: not that plain.
     """
-    mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize = options
+    mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize = given
     if not (type(q) is type(k) is type(v) is np.ndarray and mask is window is alibi_slopes is sinks is kv_lengths is query_offset is None):
         return None
-    if not (seed is quantize is None and type(dropout_p) is float and dropout_p == 0.0 and type(dropout_offset) is int):
+    # Types too, since 1 equals True, and an object of the user's whatever it likes.
+    if not (seed is quantize is None and type(dropout_p) is type(softcap) is float and type(dropout_offset) is int and type(layout) is str):
         return None
-    if not (type(causal) in (bool, str) and (scale is None or type(scale) is float) and type(softcap) is float and dropout_offset == 0):
-        return None
-    if not (q.flags.carray and k.flags.carray and v.flags.carray):  # contiguous, aligned, writable
+    if dropout_p != 0.0 or dropout_offset != 0 or not (scale is None or type(scale) is float) or type(causal) not in (bool, str):
         return None
     return layout, causal, scale, softcap, q.dtype, q.shape, k.dtype, k.shape, v.dtype, v.shape
 
 
-def _repeat(function: str, context: MFAContext, workspace: _Workspace, q: Any, k: Any, v: Any) -> np.ndarray[Any, Any]:
-    """The result of a call with the signature of the workspace's."""
-    result = allocate(function, *workspace.result)
-    workspace.query.data = ffi.from_buffer(q)
-    workspace.key.data = ffi.from_buffer(k)
-    workspace.value.data = ffi.from_buffer(v)
-    workspace.output.data = ffi.from_buffer(result)
-    context.call(function, lib.mfa_attention_run_forward, workspace.attention)
+def _repeat(function: str, context: MFAContext | None, q: Any, k: Any, v: Any, signature: tuple[Any, ...]) -> np.ndarray[Any, Any] | None:
+    """The result of a call that has the signature of the last one. None if it has not, or is refused: the long way has words for that."""
+    if not isinstance(context, MFAContext):
+        context = context_for(function, context)
+    try:
+        workspace = _idle.pop()
+    except IndexError:
+        return None
+    result = None
+    if workspace.signature == signature:
+        try:
+            result = np.empty(workspace.shape, workspace.dtype)
+            # An array that is not contiguous is refused here, one that is not aligned by the library.
+            workspace.query.data = _from_buffer(q)
+            workspace.key.data = _from_buffer(k)
+            workspace.value.data = _from_buffer(v)
+            workspace.output.data = _from_buffer(result)
+            context._run_forward(function, workspace.attention)
+        except (ValueError, MemoryError):
+            result = None
+    _idle.append(workspace)
     return result
+
+
+def _attend(
+    function: str,
+    context: MFAContext | None,
+    q: Any,
+    k: Any,
+    v: Any,
+    layout: str,
+    given: tuple[Any, ...],
+    out: Any,
+    return_lse: Any,
+) -> Any:
+    """What `attention` does. `given` is what makes `_Options`: not made yet, as that takes longer than the checks of a repeated call."""
+    signature = _signature(q, k, v, layout, given) if out is None and return_lse is False else None
+    if signature is not None:
+        result = _repeat(function, context, q, k, v, signature)
+        if result is not None:
+            return result
+    return _forward(function, context, q, k, v, layout, _Options._make(given), out, return_lse, signature=signature)
 
 
 def _compute(
@@ -442,6 +476,7 @@ def _compute(
     out: Any,
     with_lse: bool | int,
     names: tuple[str, str, str, str],
+    signature: tuple[Any, ...] | None = None,
 ) -> tuple[Any, Any, int]:
     """The result, its logsumexp (None unless asked for) and the seed that was used. What is computed, autograd does not see."""
     context = context_for(function, context)
@@ -449,11 +484,8 @@ def _compute(
         workspace = _idle.pop()
     except IndexError:
         workspace = _Workspace()
-    signature = _signature(q, k, v, layout, options) if out is None and not with_lse else None
-    if signature is not None and signature == workspace.signature:
-        result = _repeat(function, context, workspace, q, k, v)
-        _idle.append(workspace)
-        return result, None, 0
+    if signature is not None and not (q.flags.c_contiguous and k.flags.c_contiguous and v.flags.c_contiguous):
+        signature = None  # it does not tell strides apart
     problem = _prepare(function, workspace, q, k, v, layout, options, False, names)
     framework = problem.query.framework
     if out is None:
@@ -470,7 +502,7 @@ def _compute(
         workspace.attention.logsumexp = lse_view.pointer
     context.call(function, lib.mfa_attention_run_forward, workspace.attention)
     if signature is not None:
-        workspace.signature, workspace.result = signature, (result.shape, result.dtype)
+        workspace.signature, workspace.shape, workspace.dtype = signature, result.shape, result.dtype
     _idle.append(workspace)
     if out is not None:
         view.framework.written(out)
@@ -595,10 +627,8 @@ def attention(
     >>> output, lse = umfa.attention(q, q, q, quantize="int8", return_lse=True)
     """
     function = "umfa.attention"
-    options = _Options(
-        mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize
-    )
-    return _forward(function, context, q, k, v, layout, options, out, return_lse)
+    given = (mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize)
+    return _attend(function, context, q, k, v, layout, given, out, return_lse)
 
 
 def flash_attention_forward(
@@ -661,10 +691,8 @@ def flash_attention_forward(
     if not isinstance(ctx, MFAContext):
         raise InvalidTypeError(f"{function}: ctx: expected an umfa.MFAContext, got {describe(ctx)}")
     scale = softmax_scale if softmax_scale is None else real(function, "softmax_scale", softmax_scale)
-    options = _Options(
-        mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize
-    )
-    return _forward(function, ctx, q, k, v, "bshd", options, out, return_lse)
+    given = (mask, causal, window, scale, softcap, alibi_slopes, sinks, kv_lengths, query_offset, dropout_p, seed, dropout_offset, quantize)
+    return _attend(function, ctx, q, k, v, "bshd", given, out, return_lse)
 
 
 def attention_backward(

@@ -146,6 +146,15 @@ class MFAContext:
             if status:
                 raise error_of_call(function, status, self._handle)
 
+    def _run_forward(self, function: str, attention: Any) -> None:
+        """`call` of ``mfa_attention_run_forward``, for calls that are over so soon that passing on any number of arguments shows."""
+        with self._lock:
+            if not self._handle:
+                raise InvalidContextError(f"{function}: context: expected an open context, got a closed one")
+            status = lib.mfa_attention_run_forward(self._handle, attention)
+            if status:
+                raise error_of_call(function, status, self._handle)
+
     def __enter__(self) -> MFAContext:
         if not self._handle:
             raise InvalidContextError("umfa.MFAContext: context: expected an open context, got a closed one")
