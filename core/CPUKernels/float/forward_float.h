@@ -225,48 +225,57 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     vector_store(statistics->sum + row, vector_load(statistics->sum + row) * rescale + sum);
 }
 
+/* What is found of a vector of rows while its scores are looked at: of every other column, lest each wait for the one before. */
+typedef struct {
+    vector largest, largest_odd, probe, probe_odd; /* probes are NaN once an attended score is not finite */
+    vector_mask any;                               /* whether one is attended */
+} scan;
+
+/* Looks at the scores of columns first ..< last, all of which are attended. */
+INLINE void scan_whole_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
+    const int64_t rows = tile->rows;
+    const real* scores = tile->scores + row;
+    if (first < last) scan->any = (vector_mask)(real_bits)-1;
+    int64_t column = first;
+    for (; column + 1 < last; column += 2) {
+        const vector score = vector_load(scores + column * rows), odd = vector_load(scores + (column + 1) * rows);
+        scan->largest = vector_max(scan->largest, score);
+        scan->largest_odd = vector_max(scan->largest_odd, odd);
+        scan->probe += score * 0.0f;
+        scan->probe_odd += odd * 0.0f;
+    }
+    if (column < last) {
+        const vector score = vector_load(scores + column * rows);
+        scan->largest = vector_max(scan->largest, score);
+        scan->probe += score * 0.0f;
+    }
+}
+
+/* The same where limits or a mask exclude some, whose scores become -inf. */
+INLINE void scan_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
+    for (int64_t column = first; column < last; column++) {
+        real* at = tile->scores + column * tile->rows + row;
+        const vector_mask attended = attended_rows(tile, column, row);
+        scan->any |= attended;
+        const vector score = vector_load(at);
+        scan->probe += vector_select(attended, score, vector_of(0)) * 0.0f;
+        const vector selected = vector_select(attended, score, vector_of(-INFINITY));
+        scan->largest = vector_max(scan->largest, selected);
+        vector_store(at, selected);
+    }
+}
+
 /* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. */
 static void weigh_plain_panel(forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        vector largest = vector_of(-INFINITY);
-        vector probe = vector_of(0); /* NaN once an attended score is not finite */
-        vector_mask any = (vector_mask)(real_bits)-tile->full;
-        const int64_t rows = tile->rows, columns = tile->columns;
-        real* scores = tile->scores + row;
-        if (tile->full) {
-            /* Two of each, lest each column wait for the one before. */
-            vector largest_odd = vector_of(-INFINITY), probe_odd = vector_of(0);
-            int64_t column = 0;
-            for (; column + 1 < columns; column += 2) {
-                const vector score = vector_load(scores + column * rows), odd = vector_load(scores + (column + 1) * rows);
-                largest = vector_max(largest, score);
-                largest_odd = vector_max(largest_odd, odd);
-                probe += score * 0.0f;
-                probe_odd += odd * 0.0f;
-            }
-            if (column < columns) {
-                const vector score = vector_load(scores + column * rows);
-                largest = vector_max(largest, score);
-                probe += score * 0.0f;
-            }
-            largest = vector_max(largest, largest_odd);
-            probe += probe_odd;
-        } else {
-            for (int64_t column = 0; column < columns; column++) {
-                real* at = scores + column * rows;
-                const vector_mask attended = attended_rows(tile, column, row);
-                any |= attended;
-                const vector score = vector_load(at);
-                probe += vector_select(attended, score, vector_of(0)) * 0.0f;
-                const vector selected = vector_select(attended, score, vector_of(-INFINITY));
-                largest = vector_max(largest, selected);
-                vector_store(at, selected);
-            }
-        }
-        *(vector_mask*)(tile->infinite + row) |= (probe != 0) & any;
-        *(vector_mask*)(panel->statistics.attended + row) |= any;
-        weigh_rows(panel, row, largest);
+        scan scan = {vector_of(-INFINITY), vector_of(-INFINITY), vector_of(0), vector_of(0), 0};
+        scan_columns(tile, row, 0, tile->whole.first, &scan);
+        scan_whole_columns(tile, row, tile->whole.first, tile->whole.last, &scan);
+        scan_columns(tile, row, tile->whole.last, tile->columns, &scan);
+        *(vector_mask*)(tile->infinite + row) |= (scan.probe + scan.probe_odd != 0) & scan.any;
+        *(vector_mask*)(panel->statistics.attended + row) |= scan.any;
+        weigh_rows(panel, row, vector_max(scan.largest, scan.largest_odd));
     }
 }
 

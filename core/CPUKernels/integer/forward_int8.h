@@ -577,26 +577,29 @@ INLINE vector weigh_column(const score_tile* tile, int64_t column, int64_t row, 
     return logarithm;
 }
 
-/* The same for all columns; returns the highest of them. `full`: all are attended. `any`: whether one is. */
-INLINE vector weigh_columns(const forward_workspace* panel, int64_t row, const bool full, vector_mask* any) {
+/* What is found of a vector of rows meanwhile: of every other column, lest each wait for the one before. */
+typedef struct {
+    vector highest, highest_odd;
+    vector_mask any; /* whether a column is attended */
+} scan;
+
+/* The same for columns first ..< last. `full`: all are attended. */
+INLINE void weigh_columns(const forward_workspace* panel, int64_t row, int64_t first, int64_t last, const bool full, scan* scan) {
     const score_tile* tile = &panel->tile;
-    const int64_t rows = tile->rows, columns = tile->columns;
+    const int64_t rows = tile->rows;
     const vector scale = vector_load(panel->query_scales + row);
     const float *key_scales = panel->block.key_scales, *value_logs = panel->block.value_logs;
     float* scores = tile->scores + row;
-    *any = (vector_mask)(real_bits)-full;
-    /* Of every other column, lest each wait for the one before. */
-    vector highest = vector_of(NO_WEIGHT), highest_odd = vector_of(NO_WEIGHT);
+    if (full && first < last) scan->any = (vector_mask)(real_bits)-1;
 #define WEIGH_COLUMN(column) \
-    weigh_column(tile, column, row, scores + (column) * rows, scale * key_scales[column], value_logs[column], full, any)
-    int64_t column = 0;
-    for (; column + 1 < columns; column += 2) {
-        highest = vector_max(highest, WEIGH_COLUMN(column));
-        highest_odd = vector_max(highest_odd, WEIGH_COLUMN(column + 1));
+    weigh_column(tile, column, row, scores + (column) * rows, scale * key_scales[column], value_logs[column], full, &scan->any)
+    int64_t column = first;
+    for (; column + 1 < last; column += 2) {
+        scan->highest = vector_max(scan->highest, WEIGH_COLUMN(column));
+        scan->highest_odd = vector_max(scan->highest_odd, WEIGH_COLUMN(column + 1));
     }
-    if (column < columns) highest = vector_max(highest, WEIGH_COLUMN(column));
+    if (column < last) scan->highest = vector_max(scan->highest, WEIGH_COLUMN(column));
 #undef WEIGH_COLUMN
-    return vector_max(highest, highest_odd);
 }
 
 /* A block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
@@ -604,8 +607,12 @@ static void weigh_plain_block(const cpu_attention* attention, forward_workspace*
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        vector_mask any;
-        vector highest = tile->full ? weigh_columns(panel, row, true, &any) : weigh_columns(panel, row, false, &any);
+        scan scan = {vector_of(NO_WEIGHT), vector_of(NO_WEIGHT), 0};
+        weigh_columns(panel, row, 0, tile->whole.first, false, &scan);
+        weigh_columns(panel, row, tile->whole.first, tile->whole.last, true, &scan);
+        weigh_columns(panel, row, tile->whole.last, tile->columns, false, &scan);
+        const vector_mask any = scan.any;
+        vector highest = vector_max(scan.highest, scan.highest_odd);
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
         /* An infinite scale makes a score of 0 NaN, of which neither the highest score nor a weight tells. */
         const vector size = highest + offset, scale = vector_load(panel->query_scales + row) * block->largest_key_scale;

@@ -366,6 +366,7 @@ typedef struct {
     int64_t first_row, valid_rows, rows; /* `rows` is padded to LANES */
     int64_t first_column, columns;
     bool full;           /* every element of the valid rows is attended: `attended` is not filled in */
+    column_range whole;  /* columns that all valid rows attend; none where `masked` */
     bool masked;         /* the mask excludes some, or adds to scores: `additions` is filled in */
     real* scores;        /* in: dot products of query and key; out: s, -inf where masked */
     real* additions;     /* the additive mask's part; workspace where there is a mask */
@@ -402,7 +403,9 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     if (tile->columns <= 0) return false;
     tile->masked = false;
     const outer_columns outer = columns_of_outer_rows(attention, &tile->position, tile->first_row, tile->valid_rows);
-    tile->full = outer.last.first <= first_column && outer.first.last >= first_column + tile->columns;
+    tile->whole.first = minimum(maximum(outer.last.first - first_column, 0), tile->columns);
+    tile->whole.last = minimum(maximum(outer.first.last - first_column, tile->whole.first), tile->columns);
+    tile->full = tile->whole.last - tile->whole.first == tile->columns;
     bool any = tile->full;
     for (int64_t row = 0; row < tile->rows; row++) {
         tile->limits[row] = 0;
@@ -421,7 +424,10 @@ static bool place_score_tile(const cpu_attention* attention, score_tile* tile, i
     const mask_share share =
         load_mask(attention, &tile->position, tile->first_row, tile->valid_rows, tile->rows, first_column, tile->columns, tile->additions);
     tile->masked = share != MASK_ALL;
-    if (tile->masked) tile->full = false;
+    if (tile->masked) {
+        tile->full = false;
+        tile->whole = (column_range){0, 0};
+    }
     return share != MASK_NONE;
 }
 
