@@ -233,15 +233,42 @@ def test_attention__products_beyond_float32__give_what_the_formulas_say(size, ke
     check(made)
 
 
-@pytest.mark.parametrize("largest", [-1.6e7, -1e7, 5e6, 1.6e7])
+@pytest.mark.parametrize("largest", [1e3, -1e5, 2e6, -1e7, 1.6e7, -1e9, 1e9, 1e10, -1e10, -1e12])
 @pytest.mark.parametrize("rows", [1, 37])
-def test_attention__close_scores_of_any_size__share_the_weight(largest, rows, rng):
-    """Integers, up to which float32 has all of them: their differences are exact, however large they are."""
-    made = problem(rng, dataclasses.replace(SIZES, rows=rows), scale=1.0)
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_attention__close_scores_of_any_size__share_the_weight(largest, rows, with_sink, rng):
+    """Scores are numbers that float32 has, next to one another: their differences are exact, however large they are."""
+    sink = largest if largest <= -1e10 else 5.0  # a share for what float32 arithmetic has lost, or none
+    keywords = {"sinks": np.array([sink, sink], np.float32)} if with_sink else {}
+    made = problem(rng, dataclasses.replace(SIZES, rows=rows), scale=1.0, **keywords)
+    step = max(1.0, float(np.spacing(np.float32(abs(largest)))))
     made.query.argument[...] = 0
     made.query.argument[..., 0] = 1
-    made.key.argument[..., 0] = largest - np.arange(SIZES.columns) % 3
+    made.key.argument[..., 0] = largest - step * (np.arange(SIZES.columns) % 3)
+    check(made, relative=1e-5 if abs(largest) < 3e6 else 1e-4)
+
+
+def test_attention__rows_with_a_finite_mask_first__have_the_bits_without(rng, context):
+    """A finite number in place of -inf, in columns that fill blocks: those rows' weights come after it, and no row's bits depend on another."""
+    sizes = dataclasses.replace(SIZES, columns=300)
+    made, plain = (problem(np.random.default_rng(5), sizes, mask=np.zeros((1, 1, sizes.rows, sizes.columns), np.float32)) for _ in range(2))
+    made.keywords["mask"][:, :, ::2, :256] = -1e9
+    masked, logsumexp = made.run()
+    expected, expected_logsumexp = plain.run()
+    np.testing.assert_array_equal(masked[:, :, 1::2], expected[:, :, 1::2])
+    np.testing.assert_array_equal(logsumexp[:, :, 1::2], expected_logsumexp[:, :, 1::2])
     check(made)
+
+
+@pytest.mark.parametrize("value_channels, heads", [(16, 2), (32, 1), (32, 2), (16, 1)])
+@pytest.mark.parametrize("rows", [5, 16, 37])
+def test_attention__nan_in_values_between_others__leaves_the_library_as_it_is(value_channels, heads, rows, rng):
+    """Values are used where they lie if their rows are close; what is not finite is then taken out of a copy."""
+    sizes = dataclasses.replace(SIZES, rows=rows, columns=128, heads=heads, kv_heads=heads, channels=16, value_channels=value_channels)
+    made = problem(rng, sizes, layout="bshd")
+    made.value.argument[0, 7, 0, 3] = made.value.real[0, 0, 7, 3] = np.nan
+    for _ in range(3):
+        assert_same(made.run()[0], reference.forward(*made.real, made.options).output, "output")
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])

@@ -311,7 +311,7 @@ static void transpose_into_panels(const real* tile, int64_t pitch, int64_t rows,
 
 /* Puts 0 in place of what is not finite. */
 static void clear_what_is_not_finite(real* tile, int64_t pitch, int64_t rows, int64_t channels) {
-    copy_finite(tile, pitch, rows, channels, tile);
+    copy_finite(tile, pitch, rows, channels, tile, pitch);
 }
 
 static void load_statistics(const cpu_attention* attention, backward_workspace* workspace) {

@@ -1,7 +1,7 @@
 /* The numbers that decode kernels multiply, in integers of 16 bits: INT8 and INT4 codes, queries and weights. One instruction (vpmaddwd)
  * multiplies pairs of them and adds each pair up to 32 bits; with VNNI it adds to a sum as well (vpdpwssd).
  *
- * INT8 codes become such integers as registers of 32 bytes load them. Otherwise they are multiplied as unsigned numbers, code + CODE_BIAS:
+ * With registers of 32 bytes, INT8 codes are widened as they are loaded. Other codes are multiplied as unsigned numbers, code + CODE_BIAS:
  * those come out of their bytes by a mask or a shift, without moving between lanes. What that adds to a sum, bias times the sum of the other
  * factors, is taken off together with zero points.
  *
@@ -24,7 +24,8 @@ enum {
 #define CHANNEL_STEP(precision) ((precision) == CPU_INT4 ? 8 * SLICE : 4 * SLICE)
 /* Whether codes are widened as they are loaded: then they need no bias. */
 #define WIDENS(precision) (SLICE == 8 && (precision) == CPU_INT8)
-/* In how many turns the numbers of a step are taken: turn `n` has the channels n, n + turns, n + 2 * turns ... */
+/* In how many turns the numbers of a step are taken: turn `n` has the channels n, n + turns, n + 2 * turns ... Of values whose codes are widened
+ * the slices are as value_channel() says. */
 #define KEY_TURNS(precision) ((precision) == CPU_INT4 ? 4 : WIDENS(precision) ? 1 : 2)
 #define VALUE_TURNS(precision) ((precision) == CPU_INT4 ? 8 : 4)
 /* What is added to codes. */

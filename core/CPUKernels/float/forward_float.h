@@ -9,13 +9,13 @@
  * An item is a tile of query rows of one head, or of all heads that share keys where rows are few. It is cut into panels, which the products
  * work on (panel.h): queries, scores and output lie transposed, a vector being one channel or one key of LANES query rows. A panel's
  * queries, scores and output stay in the first-level cache. Keys and values are read as FP32 numbers once for a block of columns and
- * serve all panels of the item; their rows are `pitch` apart, which is no power of two, lest they share cache sets. Where they are such numbers
- * already and lie well, they are not copied.
+ * serve all panels of the item; their rows are `pitch` apart, which is no power of two, lest they share cache sets. Rows that are FP32 numbers
+ * are used where they lie, if cache sets allow it.
  *
  * Numerical contract: scores, softmax and sums are FP32; sums over head_dim run in the order of the channels, sums over keys in the order of
- * the columns within blocks of TILE_COLUMNS, and of the blocks. Exponentials are of base 2: queries are multiplied by the scale of the scores
- * and 1 / ln 2 when they are read, if nothing else is done to scores. Their references are maxima rounded up to integers: taking them off rounds
- * nothing. Rows that meet a score which is not finite or above LARGEST_REFERENCE, or whose result is not finite, are left to the reference
+ * the columns within blocks of TILE_COLUMNS, and of the blocks. Exponentials are of base 2, with the scale of the scores folded into their
+ * argument. Their references are maxima, rounded up to integers: as long as those are small, taking them off a score rounds nothing. Rows
+ * that meet a score which is not finite, or a largest one beyond LARGEST_SCORE, or whose result is not finite, are left to the reference
  * kernels of FP64 arithmetic. */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
@@ -64,13 +64,15 @@ typedef struct {
     const real* value; /* [TILE_COLUMNS][value_pitch] */
     real *key_memory, *value_memory;
     int64_t key_pitch, value_pitch;
-    const real* finite_value; /* values with 0 for what is not finite; the values themselves if all are */
+    const real* finite_value; /* [TILE_COLUMNS][finite_pitch]: 0 for what is not finite; the values themselves if all are */
     real* finite_copy;
+    int64_t finite_pitch;
 } column_block;
 
 typedef struct {
     score_tile tile;
     bool plain;                /* scores are nothing but scaled dot products */
+    float factor;              /* what takes scores to binary logarithms */
     real* query;               /* [head_dim][rows] for each panel */
     real* output;              /* [head_dim_v][rows] for each panel */
     row_statistics statistics; /* [tile rows] */
@@ -131,9 +133,6 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
         memset(panel->rows + tile->valid_rows * pitch, 0, (size_t)((tile->rows - tile->valid_rows) * pitch) * sizeof(real));
         transpose_floats(panel->rows, pitch, tile->rows, head_dim, panel->query, tile->rows);
     }
-    if (!panel->plain) return;
-    const float factor = (float)(attention->softmax_scale / LN_2);
-    for (int64_t k = 0; k < head_dim * tile->rows; k += LANES) vector_store(panel->query + k, vector_load(panel->query + k) * factor);
 }
 
 /* Whether all of a block's numbers are finite: x * 0 is NaN for those that are not. Rows are whole vectors. */
@@ -155,8 +154,8 @@ static bool rows_stay(const cpu_tensor* tensor) {
 /* Values are read by columns: theirs must not share cache sets. */
 static bool values_stay(const cpu_attention* attention) {
     enum { CLOSE = 32 };
-    const cpu_tensor* value = &attention->value;
-    return rows_stay(value) && attention->head_dim_v % LANES == 0 && value->strides[2] >= 0 && value->strides[2] <= CLOSE;
+    const int64_t stride = attention->value.strides[2];
+    return rows_stay(&attention->value) && attention->head_dim_v % LANES == 0 && stride >= 0 && stride <= CLOSE;
 }
 
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
@@ -181,44 +180,54 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
         load_rows(value, at->b, at->kv_head, first_column, columns, head_dim_v, block->value_memory, block->value_pitch);
     }
     block->finite_value = block->value;
+    block->finite_pitch = block->value_pitch;
     if (block_is_finite(block->value, block->value_pitch, columns, head_dim_v)) return;
     block->finite_value = block->finite_copy;
-    copy_finite(block->value, block->value_pitch, columns, head_dim_v, block->finite_copy);
+    block->finite_pitch = pitch_of(head_dim_v);
+    copy_finite(block->value, block->value_pitch, columns, head_dim_v, block->finite_copy, block->finite_pitch);
 }
 
 /* ---- Softmax ------------------------------------------------------------------------------------------------------------------------- */
 
-/* Replaces a vector of rows of the panel's scores, as binary logarithms, by their weights and updates their statistics. `largest` are their
- * largest scores, -inf where none is attended. */
+/* Beyond this, as binary logarithms, products of scores and the factor are rounded by so much that exponentials may overflow. */
+static const float LARGEST_SCORE = 0x1p31f;
+
+/* Replaces the scores of `count` columns of a vector of rows, `rows` apart, by exp2(score * factor - reference). Returns the sum of these and
+ * of `sum`. `small`: see vectors_exp2_above(). */
+INLINE vector weigh_columns(const int count, const bool small, real* at, int64_t rows, vector factor, vector reference, vector sum) {
+    vector weights[2];
+    for (int n = 0; n < count; n++) weights[n] = vector_load(at + n * rows);
+    vectors_exp2_above(weights, count, factor, reference, small);
+    for (int n = 0; n < count; n++) {
+        sum += weights[n];
+        vector_store(at + n * rows, weights[n]);
+    }
+    return sum;
+}
+
+/* Replaces a vector of rows of the panel's scores by their weights and updates their statistics. `largest` are their largest scores, -inf
+ * where none is attended. */
 INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     const score_tile* tile = &panel->tile;
     const row_statistics* statistics = &panel->statistics;
-    const vector old = vector_load(statistics->highest + row);
-    const vector highest = vector_max(old, __builtin_elementwise_ceil(largest));
-    const vector_mask any = highest != -INFINITY;
-    const vector size = __builtin_elementwise_abs(highest);
-    *(vector_mask*)(tile->infinite + row) |= (size > (float)LARGEST_REFERENCE) & any;
-    /* Only -inf so far: any finite reference gives 2^-inf = 0. */
-    const vector reference = vector_select(any, highest, vector_of(0));
-    vector sum = vector_of(0);
+    const vector old = vector_load(statistics->highest + row), factor = vector_of(panel->factor);
+    const vector highest = vector_max(old, __builtin_elementwise_ceil(largest * factor));
+    *(vector_mask*)(tile->infinite + row) |= highest > LARGEST_SCORE;
+    /* Of what is as far below, as a finite number in place of -inf in a mask is, any small reference makes weights of 0. */
+    const vector reference = vector_select(__builtin_elementwise_abs(highest) <= LARGEST_SCORE, highest, vector_of(0));
     const int64_t rows = tile->rows, columns = tile->columns;
     real* scores = tile->scores + row;
+    vector sum = vector_of(0);
     int64_t column = 0;
-    for (; column + 1 < columns; column += 2) {
-        real* at = scores + column * rows;
-        vector weights[2] = {vector_load(at), vector_load(at + rows)};
-        vectors_exp2_above(weights, 2, reference);
-        sum += weights[0];
-        sum += weights[1];
-        vector_store(at, weights[0]);
-        vector_store(at + rows, weights[1]);
+#define WEIGH_ALL_COLUMNS(small)                                                                                                   \
+    for (; column + 1 < columns; column += 2) sum = weigh_columns(2, small, scores + column * rows, rows, factor, reference, sum); \
+    if (column < columns) sum = weigh_columns(1, small, scores + column * rows, rows, factor, reference, sum)
+    if (!vector_any(__builtin_elementwise_abs(reference) > (float)LARGEST_REFERENCE)) {
+        WEIGH_ALL_COLUMNS(true);
+    } else {
+        WEIGH_ALL_COLUMNS(false);
     }
-    if (column < columns) {
-        vector weight = vector_load(scores + column * rows);
-        vectors_exp2_above(&weight, 1, reference);
-        sum += weight;
-        vector_store(scores + column * rows, weight);
-    }
+#undef WEIGH_ALL_COLUMNS
     const vector rescale = vector_exp2(old - reference);
     vector_store(statistics->highest + row, highest);
     vector_store(statistics->rescale + row, rescale);
@@ -288,10 +297,7 @@ static void weigh_general_panel(const cpu_attention* attention, forward_workspac
         vector_mask attended = *(vector_mask*)(panel->statistics.attended + row);
         if (tile->full) attended = (vector_mask)(real_bits)-1;
         for (int64_t column = 0; column < tile->columns; column++) {
-            real* at = tile->scores + column * tile->rows + row;
-            const vector logarithm = vector_load(at) * (float)(1 / LN_2);
-            largest = vector_max(largest, logarithm);
-            vector_store(at, logarithm);
+            largest = vector_max(largest, vector_load(tile->scores + column * tile->rows + row));
             if (!tile->full) attended |= *(vector_mask*)(tile->attended + column * tile->rows + row);
         }
         *(vector_mask*)(panel->statistics.attended + row) = attended;
@@ -340,7 +346,7 @@ static void attend_block(const cpu_attention* attention, forward_workspace* pane
         weigh_general_panel(attention, panel);
     }
     if (panel->dropout) apply_dropout(attention, panel);
-    multiply_panel_by_columns(tile->rows, attention->head_dim_v, tile->columns, block->finite_value, block->value_pitch, tile->scores,
+    multiply_panel_by_columns(tile->rows, attention->head_dim_v, tile->columns, block->finite_value, block->finite_pitch, tile->scores,
                               panel->output, panel->statistics.rescale);
     if (block->finite_value != block->value) poison_output(attention, panel);
 }
@@ -355,7 +361,10 @@ static bool is_plain(const cpu_attention* attention) {
 
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
-    memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real)); /* the padding of rows */
+    item->factor = (float)((item->plain ? attention->softmax_scale : 1) / LN_2);
+    /* The padding of rows. */
+    if (!values_stay(attention))
+        memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real));
     return true;
 }
 

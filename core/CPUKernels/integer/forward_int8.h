@@ -583,7 +583,7 @@ typedef struct {
     vector_mask any; /* whether a column is attended */
 } scan;
 
-/* The same for columns first ..< last. `full`: all are attended. */
+/* weigh_column() for columns first ..< last. `full`: all are attended. */
 INLINE void weigh_columns(const forward_workspace* panel, int64_t row, int64_t first, int64_t last, const bool full, scan* scan) {
     const score_tile* tile = &panel->tile;
     const int64_t rows = tile->rows;

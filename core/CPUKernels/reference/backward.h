@@ -164,7 +164,7 @@ static const real* finite_operand(backward_workspace* workspace, const real* ope
     *finite = rows_are_finite(operand, pitch, rows, channels);
     if (*finite) return operand;
     memset(workspace->finite, 0, (size_t)(rows * pitch) * sizeof(real));
-    copy_finite(operand, pitch, rows, channels, workspace->finite);
+    copy_finite(operand, pitch, rows, channels, workspace->finite, pitch);
     return workspace->finite;
 }
 

@@ -112,7 +112,7 @@ static void accumulate_output(const cpu_attention* attention, forward_workspace*
     const real* value = workspace->value;
     bool finite = rows_are_finite(value, head_dim_v, tile->columns, head_dim_v);
     if (!finite) {
-        copy_finite(value, head_dim_v, tile->columns, head_dim_v, workspace->finite_value);
+        copy_finite(value, head_dim_v, tile->columns, head_dim_v, workspace->finite_value, head_dim_v);
         value = workspace->finite_value;
     }
     multiply(head_dim_v, rows, tile->columns, value, 1, head_dim_v, tile->scores, rows, workspace->output, rows, true);

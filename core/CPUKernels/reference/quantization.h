@@ -27,7 +27,7 @@
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
-/* Arrays of head_dim elements each. */
+/* Arrays of head_dim elements, of one row or as many as it says. */
 typedef struct row_workspace {
     double* sums;       /* of each channel over the tokens */
     float* rows;        /* of TOKENS_AT_ONCE tokens, rotated and smoothed as the scheme asks */
@@ -131,8 +131,8 @@ static void load_rotated_tokens(const quantization_item* item, int64_t first, in
     }
 }
 
-/* Tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks. */
-static token_rows load_tokens(const quantization_item* item, int64_t first, int64_t count) {
+/* Puts tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks, into work.rows. */
+static void load_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const int64_t channels = item->channels;
     const float* means = item->means;
     float* rows = item->work.rows;
@@ -149,17 +149,17 @@ static token_rows load_tokens(const quantization_item* item, int64_t first, int6
             }
         }
     }
-    return (token_rows){rows, channels};
 }
 
-/* The same, but not moved where nothing is done to them. */
+/* The same tokens: where they lie if nothing is to be done to them, else in work.rows. */
 static token_rows find_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_quantization* quantization = item->quantization;
     const float_in_memory* row = find_row_float(&quantization->input, item->b, item->h, first);
     if (row != NULL && (uintptr_t)row % sizeof(float) == 0 && !quantization->output.rotated && item->means == NULL) {
         return (token_rows){(const float*)row, quantization->input.strides[2]};
     }
-    return load_tokens(item, first, count);
+    load_tokens(item, first, count);
+    return (token_rows){item->work.rows, item->channels};
 }
 
 static void load_row(const quantization_item* item, int64_t s) {

@@ -1,7 +1,7 @@
 /* Items of forward kernels that work on panels of query rows: an item is a tile of query rows, cut into panels; blocks of columns are read once
  * for all of them. Before it is included, a kernel defines
  *
- *   forward_workspace      with the members tile (of one panel), statistics (the highest scores as binary logarithms), infinite, output
+ *   forward_workspace      with the members tile (of one panel), statistics (`highest` as binary logarithms), infinite, output
  *                          ([head_dim_v][rows] for each panel) and rows (room for a panel's rows, `row_pitch` apart)
  *   forward_layout()       lays it out
  *   begin_item()           what comes before an item's panels; false: the item is left to the rows of AGAIN_ROWS
@@ -50,7 +50,9 @@ static uint64_t close_panel(const cpu_attention* attention, forward_workspace* p
         statistics->highest[row] = (real)((double)statistics->highest[row] * LN_2);
         factors[row] = finish_row(attention, place.h, statistics, row, &logsumexp);
         if (attention->logsumexp) set_statistic(attention, attention->logsumexp, first_statistic + row, logsumexp);
-        if (statistics->attended[row] && logsumexp - logsumexp != 0) again |= (uint64_t)1 << row;
+        /* All weights are 0 if scores are too far below 0: a sink would hide it. */
+        const bool known = logsumexp - logsumexp == 0 && statistics->sum[row] != 0;
+        if (statistics->attended[row] && !known) again |= (uint64_t)1 << row;
     }
     int64_t stride;
     const float* scales = channel_scales(attention, at, &stride);

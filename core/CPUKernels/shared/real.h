@@ -88,11 +88,12 @@ INLINE vector vector_exp(vector x) {
     return vector_select(x > 88.3f, vector_of(INFINITY), e);
 }
 
-/* Vectors of binary logarithms, taken to 2 to their power: within two units in the last place for normal results; smaller ones, and that of
- * -inf, are 0. For logarithms below 128; what becomes of NaN is not defined. `count`: at most 4.
- *   vectors_exp2(x, count)                     2^x; 2^0 is exactly 1
- *   vectors_exp2_above(x, count, reference)    2^(x - reference), for references that are integers of at most LARGEST_REFERENCE: then the
- *                                              argument is not rounded */
+/* Each x becomes a power of 2, within two units in the last place for results from 2^-125 on; smaller ones, and that of -inf, are 0. For
+ * exponents below 128; what becomes of NaN is not defined. `count`: at most 4.
+ *   vectors_exp2(x, count)                                    2^x; 2^0 is exactly 1
+ *   vectors_exp2_above(x, count, factor, reference, small)    2^(x * factor - reference) for references that are integers. `small`: all are
+ *                                                             of at most LARGEST_REFERENCE in size. Taking such a one off rounds nothing,
+ *                                                             or once with AVX-512 */
 enum { LARGEST_REFERENCE = 1 << 22 };
 
 #if defined(KERNEL_AVX512)
@@ -112,8 +113,9 @@ INLINE void vectors_exp2(vector* x, const int count) {
     }
 }
 
-INLINE void vectors_exp2_above(vector* x, const int count, vector reference) {
-    for (int k = 0; k < count; k++) x[k] -= reference;
+INLINE void vectors_exp2_above(vector* x, const int count, vector factor, vector reference, const bool small) {
+    (void)small;
+    for (int k = 0; k < count; k++) x[k] = x[k] * factor - reference;
     vectors_exp2(x, count);
 }
 #else
@@ -141,11 +143,17 @@ INLINE void vectors_exp2(vector* x, const int count) {
     vectors_exp2_parts(shifted, r, count, x);
 }
 
-INLINE void vectors_exp2_above(vector* x, const int count, vector reference) {
+INLINE void vectors_exp2_above(vector* x, const int count, vector factor, vector reference, const bool small) {
     const vector base = ROUND_TO_INTEGER - reference;
+    const vector_mask large = __builtin_elementwise_abs(reference) > (float)LARGEST_REFERENCE;
     vector shifted[4], r[4];
-    for (int k = 0; k < count; k++) shifted[k] = x[k] + base;
-    for (int k = 0; k < count; k++) r[k] = x[k] - (shifted[k] - base);
+    for (int k = 0; k < count; k++) shifted[k] = x[k] * factor + base;
+    for (int k = 0; k < count; k++) r[k] = x[k] * factor - (shifted[k] - base);
+    for (int k = 0; k < count && !small; k++) { /* lane by lane, so that no row's bits depend on those beside it */
+        const vector argument = x[k] * factor - reference, rounded = argument + ROUND_TO_INTEGER;
+        shifted[k] = vector_select(large, rounded, shifted[k]);
+        r[k] = vector_select(large, argument - (rounded - ROUND_TO_INTEGER), r[k]);
+    }
     vectors_exp2_parts(shifted, r, count, x);
 }
 #endif

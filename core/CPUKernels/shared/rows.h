@@ -3,7 +3,7 @@
 static const double LN_2 = 0.693147180559945309417;
 
 typedef struct {
-    real* highest;       /* the highest score so far */
+    real* highest;       /* the highest score so far, or a little above it: the reference of exponentials */
     real* sum;           /* of exp(score - highest) */
     real* rescale;       /* exp(old highest - new highest), of the last tile */
     real_bits* attended; /* whether any column was attended */

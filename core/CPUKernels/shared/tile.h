@@ -203,12 +203,12 @@ static bool rows_are_finite(const real* tile, int64_t row_stride, int64_t rows, 
     return sum == 0;
 }
 
-/* Copies a tile with 0 in place of what is not finite. */
-static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* finite) {
+/* Copies a tile, which may be its own copy, with 0 in place of what is not finite. */
+static void copy_finite(const real* tile, int64_t row_stride, int64_t rows, int64_t channels, real* finite, int64_t finite_stride) {
     for (int64_t row = 0; row < rows; row++) {
         for (int64_t channel = 0; channel < channels; channel++) {
             real value = tile[row * row_stride + channel];
-            finite[row * row_stride + channel] = value - value == 0 ? value : 0;
+            finite[row * finite_stride + channel] = value - value == 0 ? value : 0;
         }
     }
 }

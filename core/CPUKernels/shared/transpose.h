@@ -1,4 +1,4 @@
-/* Transposing tiles of FP32 numbers in workspace, eight by eight. */
+/* Transposing tiles of FP32 numbers, eight by eight. They lie in workspace, or as rows in the caller's memory. */
 
 typedef float eight_floats __attribute__((ext_vector_type(8)));
 typedef eight_floats eight_floats_in_memory __attribute__((aligned(4)));
