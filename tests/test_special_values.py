@@ -248,8 +248,8 @@ def test_attention__close_scores_of_any_size__share_the_weight(largest, rows, wi
     check(made, relative=1e-5 if abs(largest) < 3e6 else 1e-4)
 
 
-def test_attention__rows_with_a_finite_mask_first__have_the_bits_without(rng, context):
-    """A finite number in place of -inf, in columns that fill blocks: those rows' weights come after it, and no row's bits depend on another."""
+def test_attention__rows_with_a_finite_mask_first__leave_the_others_their_bits():
+    """A finite number in place of -inf, in columns that fill blocks: weights of such rows follow it, and other rows' bits do not change."""
     sizes = dataclasses.replace(SIZES, columns=300)
     made, plain = (problem(np.random.default_rng(5), sizes, mask=np.zeros((1, 1, sizes.rows, sizes.columns), np.float32)) for _ in range(2))
     made.keywords["mask"][:, :, ::2, :256] = -1e9
@@ -260,7 +260,7 @@ def test_attention__rows_with_a_finite_mask_first__have_the_bits_without(rng, co
     check(made)
 
 
-@pytest.mark.parametrize("value_channels, heads", [(16, 2), (32, 1), (32, 2), (16, 1)])
+@pytest.mark.parametrize(("value_channels", "heads"), [(16, 2), (32, 1), (32, 2), (16, 1)])
 @pytest.mark.parametrize("rows", [5, 16, 37])
 def test_attention__nan_in_values_between_others__leaves_the_library_as_it_is(value_channels, heads, rows, rng):
     """Values are used where they lie if their rows are close; what is not finite is then taken out of a copy."""
