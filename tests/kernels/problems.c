@@ -164,7 +164,7 @@ static void draw_sizes(generator* random, int64_t work, cpu_attention* attention
     attention->batch_size = DRAW_FROM(random, 1, 1, 2, 3);
     attention->num_kv_heads = DRAW_FROM(random, 1, 1, 2, 3);
     attention->num_heads = attention->num_kv_heads * DRAW_FROM(random, 1, 1, 2, 4, 7);
-    attention->head_dim = chance(random, 40) ? DRAW_FROM(random, 16, 32, 64, 64, 128, 256) : draw(random, 1, chance(random, 50) ? 40 : 256);
+    attention->head_dim = chance(random, 40) ? DRAW_FROM(random, 32, 64, 64, 128, 256) : draw(random, 1, chance(random, 50) ? 40 : 256);
     attention->head_dim_v = chance(random, 60) ? attention->head_dim : draw(random, 1, chance(random, 50) ? 40 : 256);
     attention->seq_len_q = chance(random, 40) ? draw(random, 1, 4) : draw(random, 1, chance(random, 50) ? 70 : 200);
     attention->seq_len_kv = chance(random, 30) ? draw(random, 1, 20) : draw(random, 1, 400);
