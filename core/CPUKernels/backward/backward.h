@@ -482,11 +482,10 @@ static void accumulate_over_rows(const backward_workspace* workspace, int64_t ch
  * normal number. x ends where 2^n has become 0 or infinity; NaN stays NaN. 2^n from the exponent bits, the rest from the polynomial of
  * least relative error (1.05e-7) on -ln(2)/2 ... ln(2)/2 among those that begin with 1 + x. */
 INLINE vector weight_of(vector x) {
-    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
     x = vector_select(x < -88.1f, vector_of(-88.1f), x);
     x = vector_select(x > 89.0f, vector_of(89.0f), x);
-    vector shifted = x * 1.44269504088896341f + round_to_integer;
-    vector r = x - (shifted - round_to_integer) * 0.69314718055994531f;
+    vector shifted = x * 1.44269504088896341f + ROUND_TO_INTEGER;
+    vector r = x - (shifted - ROUND_TO_INTEGER) * 0.69314718055994531f;
     vector e = vector_of(8.312501254e-3f);
     e = e * r + 4.189033155e-2f;
     e = e * r + 1.666711539e-1f;

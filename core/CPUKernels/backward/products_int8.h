@@ -71,7 +71,7 @@ static void load_keys_and_values(const cpu_attention* attention, backward_worksp
 INLINE void store_numbers(number* address, vector numbers) {
     typedef int16_t halves __attribute__((ext_vector_type(2 * LANES)));
     typedef int16_t low_halves __attribute__((ext_vector_type(LANES)));
-    const vector shifted = numbers + 12582912.0f; /* leaves the integer in the low half */
+    const vector shifted = numbers + ROUND_TO_INTEGER; /* leaves the integer in the low half */
     const halves all = *(const halves*)&shifted;
     *(low_halves*)address = __builtin_shufflevector(all, all, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
@@ -308,8 +308,8 @@ static void place_grad_scores(const cpu_attention* attention, backward_workspace
         const real first_factor = operands->query_scales[row] * factor;
         const real second_factor = paired ? operands->query_scales[row + 1] * factor : 0;
         for (int64_t column = 0; column < padded; column += LANES) {
-            const vector low = vector_load(first + column) * first_factor + 12582912.0f; /* leaves the integer in the low half */
-            const vector high = vector_load(second + column) * second_factor + 12582912.0f;
+            const vector low = vector_load(first + column) * first_factor + ROUND_TO_INTEGER; /* leaves the integer in the low half */
+            const vector high = vector_load(second + column) * second_factor + ROUND_TO_INTEGER;
             *(element_vector*)(operands->grad_score_pairs + row / 2 * column_pitch + column) =
                 (*(const element_vector*)&low & 0xFFFF) | (*(const element_vector*)&high << 16);
         }

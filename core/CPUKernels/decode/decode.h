@@ -191,9 +191,6 @@ static size_t decode_workspace_bytes(const cpu_attention* attention) {
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
 #if KERNEL_INTEGER
-/* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits. */
-static const float TO_INTEGER = 12582912.0f;
-
 /* A query's numbers: its codes, if they are meant to be multiplied as they are, else its channels rounded to 16 bits. */
 static void round_query(const cpu_attention* attention, const head_position* at, int64_t row, float* channels,
                         decode_workspace* workspace) {
@@ -216,8 +213,8 @@ static void round_query(const cpu_attention* attention, const head_position* at,
         const float largest = highest_of_lanes(highest);
         scale = largest / LARGEST_NUMBER;
         for (int64_t d = 0; d < padded; d += LANES) {
-            const vector shifted = vector_load(channels + d) / largest * (float)LARGEST_NUMBER + TO_INTEGER;
-            vector_store(channels + d, shifted - TO_INTEGER);
+            const vector shifted = vector_load(channels + d) / largest * (float)LARGEST_NUMBER + ROUND_TO_INTEGER;
+            vector_store(channels + d, shifted - ROUND_TO_INTEGER);
         }
     }
     vector sums = vector_of(0);
@@ -307,10 +304,10 @@ static void round_weights(int64_t row, decode_workspace* workspace) {
     const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
     const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
     for (int64_t column = 0; column < value->columns; column += LANES) {
-        const vector shifted = vector_load(weights + column) * factor + TO_INTEGER;
+        const vector shifted = vector_load(weights + column) * factor + ROUND_TO_INTEGER;
         const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
         memcpy(workspace->weights + row * BLOCK_KEYS + column, &rounded, sizeof rounded);
-        excess += (shifted - TO_INTEGER) * vector_load(value->zero_points + column);
+        excess += (shifted - ROUND_TO_INTEGER) * vector_load(value->zero_points + column);
     }
     workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
     workspace->excess[row] = sum_of_lanes(excess);

@@ -62,8 +62,7 @@ INLINE numbers load_key(const cpu_precision precision, const bool shifted, const
 
 /* Which channel of a step of values the number at `place` is, where slice after slice of load_values() is put behind one another. */
 INLINE int64_t value_channel(cpu_precision precision, int64_t place) {
-    const int64_t turns = VALUE_TURNS(precision), of_turn = CHANNEL_STEP(precision) / turns;
-    return place % of_turn * turns + place / of_turn;
+    return VALUE_TURNS(precision) == 1 ? place : place % SLICE * 2 + place / SLICE;
 }
 
 /* The same as load_key() for values of KEYS_IN_SUM keys. */

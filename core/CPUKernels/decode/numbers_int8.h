@@ -88,8 +88,7 @@ INLINE numbers load_key(const cpu_precision precision, const bool shifted, const
 /* Which channel of a step of values the number at `place` is, where slice after slice of load_values() is put behind one another. */
 INLINE int64_t value_channel(cpu_precision precision, int64_t place) {
     if (WIDENS(precision)) return (place & ~12) | (place & 4) << 1 | (place & 8) >> 1;
-    const int64_t turns = VALUE_TURNS(precision), of_turn = CHANNEL_STEP(precision) / turns;
-    return place % of_turn * turns + place / of_turn;
+    return place % SLICE * VALUE_TURNS(precision) + place / SLICE;
 }
 
 /* Slice `turn` of a step of the values of KEYS_IN_SUM keys: in each lane of 32 bits a number of the one and of the other. */

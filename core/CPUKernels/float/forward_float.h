@@ -146,16 +146,11 @@ static bool block_is_finite(const real* block, int64_t pitch, int64_t columns, i
     return !vector_any(probe != 0);
 }
 
-/* Whether rows can be used where they lie. */
-static bool rows_stay(const cpu_tensor* tensor) {
-    return tensor->precision == CPU_FP32 && tensor->strides[3] == 1 && (uintptr_t)tensor->data % sizeof(real) == 0;
-}
-
 /* Values are read by columns: theirs must not share cache sets. */
 static bool values_stay(const cpu_attention* attention) {
     enum { CLOSE = 32 };
     const int64_t stride = attention->value.strides[2];
-    return rows_stay(&attention->value) && attention->head_dim_v % LANES == 0 && stride >= 0 && stride <= CLOSE;
+    return has_aligned_float_rows(&attention->value) && attention->head_dim_v % LANES == 0 && stride >= 0 && stride <= CLOSE;
 }
 
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
@@ -163,7 +158,7 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
     const cpu_tensor key = score_operand(&attention->key), *value = &attention->value;
     column_block* block = &item->block;
     const int64_t head_dim_v = attention->head_dim_v;
-    if (rows_stay(&attention->key)) { /* each is read from its start to its end, so that cache sets do not matter */
+    if (has_aligned_float_rows(&attention->key)) { /* each is read from its start to its end, so that cache sets do not matter */
         block->key = (const real*)key.data + row_offset(&key, at->b, at->kv_head, first_column);
         block->key_pitch = key.strides[2];
     } else {
@@ -192,15 +187,26 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
 /* Beyond this, as binary logarithms, products of scores and the factor are rounded by so much that exponentials may overflow. */
 static const float LARGEST_SCORE = 0x1p31f;
 
-/* Replaces the scores of `count` columns of a vector of rows, `rows` apart, by exp2(score * factor - reference). Returns the sum of these and
- * of `sum`. `small`: see vectors_exp2_above(). */
-INLINE vector weigh_columns(const int count, const bool small, real* at, int64_t rows, vector factor, vector reference, vector sum) {
-    vector weights[2];
-    for (int n = 0; n < count; n++) weights[n] = vector_load(at + n * rows);
-    vectors_exp2_above(weights, count, factor, reference, small);
-    for (int n = 0; n < count; n++) {
-        sum += weights[n];
-        vector_store(at + n * rows, weights[n]);
+/* Replaces a vector of rows of the tile's scores by exp2(score * factor - reference). Returns their sum. `small`: see vectors_exp2_above(). */
+INLINE vector weigh_columns(const score_tile* tile, int64_t row, vector factor, vector reference, const bool small) {
+    const int64_t rows = tile->rows, columns = tile->columns;
+    real* scores = tile->scores + row;
+    vector sum = vector_of(0);
+    int64_t column = 0;
+    for (; column + 1 < columns; column += 2) {
+        real* at = scores + column * rows;
+        vector weights[2] = {vector_load(at), vector_load(at + rows)};
+        vectors_exp2_above(weights, 2, factor, reference, small);
+        sum += weights[0];
+        sum += weights[1];
+        vector_store(at, weights[0]);
+        vector_store(at + rows, weights[1]);
+    }
+    if (column < columns) {
+        vector weight = vector_load(scores + column * rows);
+        vectors_exp2_above(&weight, 1, factor, reference, small);
+        sum += weight;
+        vector_store(scores + column * rows, weight);
     }
     return sum;
 }
@@ -215,19 +221,8 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     *(vector_mask*)(tile->infinite + row) |= highest > LARGEST_SCORE;
     /* Of what is as far below, as a finite number in place of -inf in a mask is, any small reference makes weights of 0. */
     const vector reference = vector_select(__builtin_elementwise_abs(highest) <= LARGEST_SCORE, highest, vector_of(0));
-    const int64_t rows = tile->rows, columns = tile->columns;
-    real* scores = tile->scores + row;
-    vector sum = vector_of(0);
-    int64_t column = 0;
-#define WEIGH_ALL_COLUMNS(small)                                                                                                   \
-    for (; column + 1 < columns; column += 2) sum = weigh_columns(2, small, scores + column * rows, rows, factor, reference, sum); \
-    if (column < columns) sum = weigh_columns(1, small, scores + column * rows, rows, factor, reference, sum)
-    if (!vector_any(__builtin_elementwise_abs(reference) > (float)LARGEST_REFERENCE)) {
-        WEIGH_ALL_COLUMNS(true);
-    } else {
-        WEIGH_ALL_COLUMNS(false);
-    }
-#undef WEIGH_ALL_COLUMNS
+    const bool large = vector_any(__builtin_elementwise_abs(reference) > (float)LARGEST_REFERENCE);
+    const vector sum = large ? weigh_columns(tile, row, factor, reference, false) : weigh_columns(tile, row, factor, reference, true);
     const vector rescale = vector_exp2(old - reference);
     vector_store(statistics->highest + row, highest);
     vector_store(statistics->rescale + row, rescale);

@@ -10,11 +10,10 @@ static const float NO_WEIGHT = -1e38f;
 /* Each x becomes 2^x within 8e-5 of it, for x below 128, or the smallest normal number for what is less. Operation by operation, for all of
  * them: one after the other they would fill a processor's schedulers with what waits. */
 INLINE void short_exp2(vector x[STEP]) {
-    const float round_to_integer = 12582912.0f; /* see vectors_exp2() */
     vector shifted[STEP], e[STEP];
     for (int k = 0; k < STEP; k++) x[k] = vector_max(vector_of(-126.0f), x[k]);
-    for (int k = 0; k < STEP; k++) shifted[k] = x[k] + round_to_integer;
-    for (int k = 0; k < STEP; k++) x[k] -= shifted[k] - round_to_integer;
+    for (int k = 0; k < STEP; k++) shifted[k] = x[k] + ROUND_TO_INTEGER;
+    for (int k = 0; k < STEP; k++) x[k] -= shifted[k] - ROUND_TO_INTEGER;
     for (int k = 0; k < STEP; k++) e[k] = 0.05517167f * x[k] + 0.24261113f;
     for (int k = 0; k < STEP; k++) e[k] = e[k] * x[k] + 0.69326097f;
     for (int k = 0; k < STEP; k++) e[k] = e[k] * x[k] + 0.99992806f;

@@ -51,10 +51,9 @@ INLINE int_vector add_weighted(int_vector sums, int_vector lanes, int_vector cod
 }
 
 INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
-    const vector round_to_integer = vector_of(12582912.0f); /* leaves the integer in the low byte */
     for (int k = 0; k < STEP; k++) weights[k] += vector_select(weights[k] < 8, vector_of(offsets[k]), vector_of(0));
-    const vector w0 = weights[0] + round_to_integer, w1 = weights[1] + round_to_integer;
-    const vector w2 = weights[2] + round_to_integer, w3 = weights[3] + round_to_integer;
+    const vector w0 = weights[0] + ROUND_TO_INTEGER, w1 = weights[1] + ROUND_TO_INTEGER; /* leaves integers in the low bytes */
+    const vector w2 = weights[2] + ROUND_TO_INTEGER, w3 = weights[3] + ROUND_TO_INTEGER;
     const int_vector low = (*(const int_vector*)&w0 & 0xFF) | ((*(const int_vector*)&w1 & 0xFF) << 8);
     return low | ((*(const int_vector*)&w2 & 0xFF) << 16) | (*(const int_vector*)&w3 << 24);
 }

@@ -29,9 +29,10 @@
 
 /* Arrays of head_dim elements, of one row or as many as it says. */
 typedef struct row_workspace {
-    double* sums;       /* of each channel over the tokens */
-    float* rows;        /* of TOKENS_AT_ONCE tokens, rotated and smoothed as the scheme asks */
-    float* kept;        /* of the first tokens, rotated, where there are means to subtract */
+    double* sums; /* of each channel over the tokens */
+    float* rows;  /* of TOKENS_AT_ONCE tokens, rotated and smoothed as the scheme asks */
+    float* kept;  /* of the first `kept_tokens` tokens, rotated, where there are means to subtract */
+    int64_t kept_tokens;
     float* row;         /* the row in hand; the first of `rows` */
     float* means;       /* of each channel, while they are not yet in the output */
     float* scales;      /* of each channel of a band */
@@ -47,8 +48,8 @@ enum {
     KEPT_BYTES = 1 << 17,
 };
 
-/* Tokens whose rotated rows are kept, a multiple of TOKENS_AT_ONCE. */
-static int64_t kept_tokens(const cpu_quantization* quantization) {
+/* How many tokens' rotated rows are kept, a multiple of TOKENS_AT_ONCE. */
+static int64_t count_kept_tokens(const cpu_quantization* quantization) {
     if (quantization->output.channel_means == NULL || quantization->head_dim == 0) {
         return 0;
     }
@@ -57,7 +58,7 @@ static int64_t kept_tokens(const cpu_quantization* quantization) {
 }
 
 static size_t workspace_bytes(const cpu_quantization* quantization) {
-    const size_t kept = (size_t)kept_tokens(quantization) * sizeof(float);
+    const size_t kept = (size_t)count_kept_tokens(quantization) * sizeof(float);
     return (size_t)quantization->head_dim * (WORKSPACE_BYTES_PER_CHANNEL + kept);
 }
 
@@ -68,7 +69,8 @@ static row_workspace divide_workspace(const cpu_quantization* quantization, void
     parts.rows = (float*)(parts.sums + head_dim);
     parts.row = parts.rows;
     parts.kept = parts.rows + TOKENS_AT_ONCE * head_dim;
-    parts.means = parts.kept + kept_tokens(quantization) * head_dim;
+    parts.kept_tokens = count_kept_tokens(quantization);
+    parts.means = parts.kept + parts.kept_tokens * head_dim;
     parts.scales = parts.means + head_dim;
     parts.zero_points = parts.scales + head_dim;
     parts.highest = (uint32_t*)(parts.zero_points + head_dim);
@@ -137,7 +139,7 @@ static void load_tokens(const quantization_item* item, int64_t first, int64_t co
     const float* means = item->means;
     float* rows = item->work.rows;
     const float* source = rows;
-    if (means != NULL && first + count <= kept_tokens(item->quantization)) {
+    if (means != NULL && first + count <= item->work.kept_tokens) {
         source = item->work.kept + first * channels;
     } else {
         load_rotated_tokens(item, first, count, rows);
@@ -154,9 +156,9 @@ static void load_tokens(const quantization_item* item, int64_t first, int64_t co
 /* The same tokens: where they lie if nothing is to be done to them, else in work.rows. */
 static token_rows find_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_quantization* quantization = item->quantization;
-    const float_in_memory* row = find_row_float(&quantization->input, item->b, item->h, first);
-    if (row != NULL && (uintptr_t)row % sizeof(float) == 0 && !quantization->output.rotated && item->means == NULL) {
-        return (token_rows){(const float*)row, quantization->input.strides[2]};
+    const cpu_tensor* input = &quantization->input;
+    if (has_aligned_float_rows(input) && !quantization->output.rotated && item->means == NULL) {
+        return (token_rows){(const float*)input->data + row_offset(input, item->b, item->h, first), input->strides[2]};
     }
     load_tokens(item, first, count);
     return (token_rows){item->work.rows, item->channels};
@@ -213,7 +215,7 @@ static void smooth_item(quantization_item* item, float* means) {
     }
     for (int64_t s = 0; s < item->tokens; s += TOKENS_AT_ONCE) {
         const int64_t count = tokens_together(item, s);
-        float* rows = s + count <= kept_tokens(item->quantization) ? item->work.kept + s * item->channels : item->work.rows;
+        float* rows = s + count <= item->work.kept_tokens ? item->work.kept + s * item->channels : item->work.rows;
         load_rotated_tokens(item, s, count, rows);
         add_rows(rows, count, item->channels, sums);
     }

@@ -390,10 +390,19 @@ static inline void load_row_float(const cpu_tensor* tensor, int64_t b, int64_t h
     }
 }
 
-/* Row (b, h, s) of a tensor where it lies, if it is FP32 numbers that follow one another: the most frequent rows. Else NULL. */
+/* Whether rows are FP32 numbers that follow one another, at any address: the most frequent rows. */
+static inline bool has_float_rows(const cpu_tensor* tensor) {
+    return tensor->precision == CPU_FP32 && tensor->strides[3] == 1;
+}
+
+/* Whether they are that, aligned, so that they can be used where they lie. */
+static inline bool has_aligned_float_rows(const cpu_tensor* tensor) {
+    return has_float_rows(tensor) && (uintptr_t)tensor->data % sizeof(float) == 0;
+}
+
+/* Row (b, h, s) of a tensor where it lies, if has_float_rows(). Else NULL. */
 static inline const float_in_memory* find_row_float(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
-    const bool lies = tensor->precision == CPU_FP32 && tensor->strides[3] == 1;
-    return lies ? (const float_in_memory*)tensor->data + row_offset(tensor, b, h, s) : NULL;
+    return has_float_rows(tensor) ? (const float_in_memory*)tensor->data + row_offset(tensor, b, h, s) : NULL;
 }
 
 /* Rows first ..< first + rows, `pitch` apart. */

@@ -67,12 +67,13 @@ INLINE vector vector_tanh(vector x) {
 
 #else
 
+static const float ROUND_TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
+
 /* e^x within about one unit in the last place for normal results; denormal results are flushed to 0; exp(0) is exactly 1.
  * x = n ln 2 + r: 2^n from the exponent bits, e^r from the polynomial of S. Moshier's Cephes library (expf). */
 INLINE vector vector_exp(vector x) {
-    const float round_to_integer = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
-    vector shifted = x * 1.44269504088896341f + round_to_integer;
-    vector n = shifted - round_to_integer;
+    vector shifted = x * 1.44269504088896341f + ROUND_TO_INTEGER;
+    vector n = shifted - ROUND_TO_INTEGER;
     vector r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
     vector e = vector_of(1.9875691500e-4f);
@@ -119,8 +120,6 @@ INLINE void vectors_exp2_above(vector* x, const int count, vector factor, vector
     vectors_exp2(x, count);
 }
 #else
-static const float ROUND_TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
-
 /* 2^n from the exponent bits of `shifted`, n + ROUND_TO_INTEGER, the rest from the polynomial of least relative error (9.1e-8) on -1/2 ... 1/2.
  * Operation by operation for all of them: one after the other, they would fill a processor's schedulers with what waits. */
 INLINE void vectors_exp2_parts(const vector* shifted, const vector* r, const int count, vector* result) {

@@ -58,8 +58,8 @@ static real finish_row(const cpu_attention* attention, int64_t h, const row_stat
 static float* find_tile_rows(const cpu_attention* attention, const score_tile* tile, const cpu_tensor* tensor) {
     const row_place first = place_of_row(attention, &tile->position, tile->first_row);
     const bool one_head = first.i + tile->valid_rows <= attention->seq_len_q;
-    const bool plain = tensor->precision == CPU_FP32 && tensor->strides[3] == 1 && (uintptr_t)tensor->data % sizeof(float) == 0;
-    return one_head && plain ? (float*)tensor->data + row_offset(tensor, tile->position.b, first.h, first.i) : NULL;
+    const bool stays = one_head && has_aligned_float_rows(tensor);
+    return stays ? (float*)tensor->data + row_offset(tensor, tile->position.b, first.h, first.i) : NULL;
 }
 
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */

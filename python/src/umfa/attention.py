@@ -34,8 +34,8 @@ __all__ = ["attention", "attention_backward", "flash_attention_forward"]
 
 _ATTENTION_SIZE = ffi.sizeof("mfa_attention_t")
 _GRADIENTS_SIZE = ffi.sizeof("mfa_attention_gradients_t")
-_from_buffer = ffi.from_buffer
 _TENSOR_SIZE = ffi.sizeof("mfa_tensor_t")
+_from_buffer = ffi.from_buffer
 _LOWER_RIGHT = ffi.integer_const("MFA_ALIGNMENT_LOWER_RIGHT")
 _INT64 = (-(2**63), 2**63 - 1)
 _NAMES = ("q", "k", "v", "mask")
