@@ -132,13 +132,19 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     }
 }
 
-/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Rows that follow one another are one. */
+/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Rows that follow one another are one.
+ * Where they are many bytes, a line of each of RUNS runs of rows is fetched before the next of each: with several pages open, memory is read
+ * up to 1.4 times as fast (Zen 3). */
 typedef struct {
-    const char *line, *end; /* the next line, and the end of its row */
+    const char *line, *end; /* of the first run: the next line, and the end of its row */
     int64_t stride, bytes;  /* from row to row; of a row */
-    int64_t rows;           /* behind this one */
-    int64_t lines_at_once;
+    int64_t rows;           /* of a run, behind this one */
+    int64_t run_stride;     /* from run to run; 0: there is one */
+    int64_t lines_at_once;  /* of a run */
 } row_stream;
+
+/* Codes are few bytes, and their kernels wait for products rather than memory. */
+enum { RUNS = KERNEL_INTEGER ? 1 : 4, RUN_BYTES = 4096 };
 
 /* Rows first ..< first + rows, where they are read in place, to be fetched in `times` goes. */
 static row_stream stream_rows(const operand* operand, int64_t first, int64_t rows, int64_t times) {
@@ -146,6 +152,10 @@ static row_stream stream_rows(const operand* operand, int64_t first, int64_t row
     if (!operand->in_place || rows <= 0) return stream;
     stream.bytes = row_bytes(operand->precision, operand->channels);
     stream.stride = operand->tensor.strides[2] * row_bytes(operand->precision, 2) / 2;
+    if (RUNS > 1 && rows % RUNS == 0 && rows / RUNS * stream.bytes >= RUN_BYTES) {
+        rows /= RUNS;
+        stream.run_stride = rows * stream.stride;
+    }
     stream.lines_at_once = divide_up(rows * divide_up(stream.bytes, CACHE_LINE), times);
     if (stream.stride == stream.bytes) {
         stream.bytes *= rows;
@@ -157,13 +167,20 @@ static row_stream stream_rows(const operand* operand, int64_t first, int64_t row
     return stream;
 }
 
+/* A line of each run. */
+INLINE void fetch_line(const row_stream* stream, const char* line) {
+    __builtin_prefetch(line);
+    if (RUNS == 1 || stream->run_stride == 0) return;
+    for (int run = 1; run < RUNS; run++) __builtin_prefetch(line + run * stream->run_stride);
+}
+
 INLINE void fetch_lines(row_stream* stream) {
     const char *line = stream->line, *end = stream->end;
     const int64_t bytes = stream->lines_at_once * CACHE_LINE;
     if (line && end - line >= bytes) { /* of one row, or of rows that follow one another */
         stream->line = line + bytes;
 #pragma clang loop unroll(disable)
-        for (; line < stream->line; line += CACHE_LINE) __builtin_prefetch(line);
+        for (; line < stream->line; line += CACHE_LINE) fetch_line(stream, line);
         return;
     }
 #pragma clang loop unroll(disable)
@@ -174,7 +191,7 @@ INLINE void fetch_lines(row_stream* stream) {
             line = end + (stream->stride - stream->bytes);
             end += stream->stride;
         }
-        __builtin_prefetch(line);
+        fetch_line(stream, line);
     }
     stream->line = line;
     stream->end = end;
