@@ -344,6 +344,20 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
 
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
+/* Of INT4, the bytes of two. */
+static inline int64_t element_bytes(cpu_precision precision) {
+    switch (precision) {
+    case CPU_FP64: return 8;
+    case CPU_FP32: return 4;
+    case CPU_FP16:
+    case CPU_BF16: return 2;
+    case CPU_INT8:
+    case CPU_INT4:
+    case CPU_BOOL: break;
+    }
+    return 1;
+}
+
 /* The bodies of functions that move a row between numbers and a tensor's elements of type ELEMENT. Neighbouring elements have a loop of
  * their own, for the vectoriser. */
 #define LOAD_ROW(ELEMENT, CONVERT)                                       \

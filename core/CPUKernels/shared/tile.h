@@ -230,16 +230,6 @@ static real additive_mask_value(const cpu_tensor* mask, const char* address) {
     return (real)value;
 }
 
-static int64_t element_bytes(cpu_precision precision) {
-    switch (precision) {
-    case CPU_FP64: return 8;
-    case CPU_FP32: return 4;
-    case CPU_FP16:
-    case CPU_BF16: return 2;
-    default: return 1;
-    }
-}
-
 /* What a mask leaves of a tile. */
 typedef enum { MASK_NONE, MASK_SOME, MASK_ALL } mask_share;
 
