@@ -53,6 +53,7 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #include "../shared/real.h"
 #include "../shared/tile.h"
 #include "../shared/rows.h"
+#include "../shared/row_stream.h"
 
 enum {
     MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
@@ -60,7 +61,6 @@ enum {
     BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
     ROWS = 4,         /* query rows that share a register of keys or values */
     SIDE_BY_SIDE = 2, /* vectors whose exponentials are computed together */
-    CACHE_LINE = 64,
 };
 _Static_assert(BLOCK_KEYS % (SIDE_BY_SIDE * LANES) == 0, "a block is whole groups of vectors");
 
@@ -526,10 +526,10 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
         if (!find_attended(attention, &at, column, columns, &workspace)) continue;
         place_block(&workspace.key, column, columns);
         place_block(&workspace.value, column, columns);
-        row_stream values = stream_rows(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
-        row_stream keys = stream_rows(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
-                                      divide_up(columns, KEYS_BETWEEN_FETCHES) *
-                                          divide_up(workspace.value.padded / SLICE, SLICES_AT_ONCE(minimum(rows, ROWS))));
+        row_stream values = stream_operand(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
+        row_stream keys = stream_operand(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
+                                         divide_up(columns, KEYS_BETWEEN_FETCHES) *
+                                             divide_up(workspace.value.padded / SLICE, SLICES_AT_ONCE(minimum(rows, ROWS))));
         for (int64_t row = 0; row < rows; row += ROWS) {
             multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.padded,
                                workspace.scores + row * BLOCK_KEYS, &values);

@@ -1,9 +1,7 @@
 /* Keys and values as decode kernels read them: blocks of rows, in place where they can be. */
 
-/* Bytes of `channels` channels. */
-INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
-    return precision == CPU_INT4 ? divide_up(channels, 2) : channels * element_bytes(precision);
-}
+/* Places that floats are fetched from side by side. Codes are few bytes, and their kernels wait for products rather than memory. */
+enum { RUNS = KERNEL_INTEGER ? 1 : 4 };
 
 /* The keys or values of one head, and the block of them at hand. */
 typedef struct {
@@ -71,12 +69,6 @@ static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int
     }
 }
 
-/* Where row `s` begins in the tensor's memory. */
-INLINE const char* row_in_memory(const operand* operand, int64_t s) {
-    const cpu_tensor* tensor = &operand->tensor;
-    return (const char*)tensor->data + row_offset(tensor, operand->b, operand->head, s) * row_bytes(tensor->precision, 2) / 2;
-}
-
 /* Row `s` of the tensor as its own elements, neighbours, padded with zeros. */
 static void copy_row(const operand* operand, int64_t s, char* copy) {
     const cpu_tensor* tensor = &operand->tensor;
@@ -91,7 +83,7 @@ static void copy_row(const operand* operand, int64_t s, char* copy) {
         for (int64_t d = 0; d < channels; d += 2) copy[d / 2] = (char)int4_pair(scratch[d], scratch[d + 1]);
     } else {
         const int64_t size = element_bytes(tensor->precision);
-        const char* elements = row_in_memory(operand, s);
+        const char* elements = row_in_memory(tensor, operand->b, operand->head, s);
         if (stride == 1) {
             memcpy(copy, elements, (size_t)(channels * size));
         } else {
@@ -118,8 +110,8 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     const cpu_tensor* tensor = &operand->tensor;
     operand->columns = columns;
     if (operand->in_place) {
-        operand->rows = row_in_memory(operand, first);
-        operand->stride = tensor->strides[2] * row_bytes(operand->precision, 2) / 2;
+        operand->rows = row_in_memory(tensor, operand->b, operand->head, first);
+        operand->stride = row_stride_bytes(tensor);
     } else {
         operand->rows = operand->copies;
         operand->stride = row_bytes(operand->precision, operand->padded);
@@ -132,67 +124,8 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     }
 }
 
-/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Rows that follow one another are one.
- * Where they are many bytes, a line of each of RUNS runs of rows is fetched before the next of each: with several pages open, memory is read
- * up to 1.4 times as fast (Zen 3). */
-typedef struct {
-    const char *line, *end; /* of the first run: the next line, and the end of its row */
-    int64_t stride, bytes;  /* from row to row; of a row */
-    int64_t rows;           /* of a run, behind this one */
-    int64_t run_stride;     /* from run to run; 0: there is one */
-    int64_t lines_at_once;  /* of a run */
-} row_stream;
-
-/* Codes are few bytes, and their kernels wait for products rather than memory. */
-enum { RUNS = KERNEL_INTEGER ? 1 : 4, RUN_BYTES = 4096 };
-
 /* Rows first ..< first + rows, where they are read in place, to be fetched in `times` goes. */
-static row_stream stream_rows(const operand* operand, int64_t first, int64_t rows, int64_t times) {
-    row_stream stream = {0};
-    if (!operand->in_place || rows <= 0) return stream;
-    stream.bytes = row_bytes(operand->precision, operand->channels);
-    stream.stride = operand->tensor.strides[2] * row_bytes(operand->precision, 2) / 2;
-    if (RUNS > 1 && rows % RUNS == 0 && rows / RUNS * stream.bytes >= RUN_BYTES) {
-        rows /= RUNS;
-        stream.run_stride = rows * stream.stride;
-    }
-    stream.lines_at_once = divide_up(rows * divide_up(stream.bytes, CACHE_LINE), times);
-    if (stream.stride == stream.bytes) {
-        stream.bytes *= rows;
-        rows = 1;
-    }
-    stream.line = row_in_memory(operand, first);
-    stream.end = stream.line + stream.bytes;
-    stream.rows = rows - 1;
-    return stream;
-}
-
-/* A line of each run. */
-INLINE void fetch_line(const row_stream* stream, const char* line) {
-    __builtin_prefetch(line);
-    if (RUNS == 1 || stream->run_stride == 0) return;
-    for (int run = 1; run < RUNS; run++) __builtin_prefetch(line + run * stream->run_stride);
-}
-
-INLINE void fetch_lines(row_stream* stream) {
-    const char *line = stream->line, *end = stream->end;
-    const int64_t bytes = stream->lines_at_once * CACHE_LINE;
-    if (line && end - line >= bytes) { /* of one row, or of rows that follow one another */
-        stream->line = line + bytes;
-#pragma clang loop unroll(disable)
-        for (; line < stream->line; line += CACHE_LINE) fetch_line(stream, line);
-        return;
-    }
-#pragma clang loop unroll(disable)
-    for (int64_t left = stream->lines_at_once; left > 0; left--, line += CACHE_LINE) {
-        if (line >= end) {
-            if (stream->rows == 0) break;
-            stream->rows--;
-            line = end + (stream->stride - stream->bytes);
-            end += stream->stride;
-        }
-        fetch_line(stream, line);
-    }
-    stream->line = line;
-    stream->end = end;
+static row_stream stream_operand(const operand* operand, int64_t first, int64_t rows, int64_t times) {
+    if (!operand->in_place) return (row_stream){0};
+    return stream_rows(&operand->tensor, operand->b, operand->head, operand->channels, first, rows, times, RUNS);
 }

@@ -41,10 +41,11 @@
 /* clang-format off: each file needs those before it */
 #include "../shared/conversion.h"
 #include "../shared/real.h"
-#include "../shared/panel.h"
 #include "../shared/transpose.h"
 #include "../shared/tile.h"
 #include "../shared/rows.h"
+#include "../shared/row_stream.h"
+#include "../shared/panel.h"
 /* clang-format on */
 
 /* FP32 arithmetic can overflow where the formulas do not: such rows are computed once more, with wide arithmetic. */
@@ -54,7 +55,7 @@
 void AGAIN_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
 size_t AGAIN_ROWS_BYTES(const cpu_attention* attention);
 
-enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES };
+enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES, FETCH_NEIGHBOURS = 1 };
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
@@ -81,6 +82,7 @@ typedef struct {
     real* rows; /* [PANEL_ROWS][row_pitch] */
     int64_t row_pitch;
     real* dropout; /* [TILE_COLUMNS][PANEL_ROWS], or NULL */
+    upcoming_rows* upcoming;
 } forward_workspace;
 
 /* Distance of rows: their cache lines fall into all sets. */
@@ -334,7 +336,8 @@ static void apply_dropout(const cpu_attention* attention, forward_workspace* pan
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
-    multiply_panel_by_rows(tile->rows, tile->columns, attention->head_dim, block->key, block->key_pitch, panel->query, tile->scores);
+    multiply_panel_by_rows(tile->rows, tile->columns, attention->head_dim, block->key, block->key_pitch, panel->query, tile->scores,
+                           panel->upcoming);
     if (panel->plain) {
         weigh_plain_panel(panel);
     } else {
@@ -357,9 +360,9 @@ static bool is_plain(const cpu_attention* attention) {
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
     item->factor = (float)((item->plain ? attention->softmax_scale : 1) / LN_2);
-    /* The padding of rows. */
-    if (!values_stay(attention))
+    if (!values_stay(attention) && attention->head_dim_v % LANES != 0) { /* the padding of rows */
         memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real));
+    }
     return true;
 }
 

@@ -50,6 +50,7 @@
 #include "../shared/transpose.h"
 #include "../shared/tile.h"
 #include "../shared/rows.h"
+#include "../shared/row_stream.h"
 /* clang-format on */
 
 /* LANES integers, each the place of STEP codes or of their sum. */
@@ -63,7 +64,7 @@ typedef int32_t int_vector __attribute__((ext_vector_type(LANES)));
 void AGAIN_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
 size_t AGAIN_ROWS_BYTES(const cpu_attention* attention);
 
-enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES };
+enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES, FETCH_NEIGHBOURS = 0 /* they are few bytes */ };
 
 static const float LOG2_255 = 7.99435343685885791f;
 
@@ -164,6 +165,7 @@ typedef struct {
     column_block block;
     real* rows; /* [PANEL_ROWS][row_pitch] */
     int64_t row_pitch;
+    upcoming_rows* upcoming;
 } forward_workspace;
 
 static int64_t steps_of(int64_t channels) {
@@ -385,7 +387,7 @@ INLINE void accumulate_products(const int vectors, const int count, int64_t step
 
 /* Scores of `count` keys against the panel. */
 INLINE void multiply_keys(const int vectors, const int count, int64_t steps, const signed_code* keys, int64_t pitch, const int32_t* offsets,
-                          const lane_code* query, int32_t* scores) {
+                          const lane_code* query, int32_t* scores, upcoming_rows* upcoming) {
     int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
@@ -398,6 +400,7 @@ INLINE void multiply_keys(const int vectors, const int count, int64_t steps, con
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) *(int_vector*)(scores + (k * vectors + v) * LANES) = sums[k][v];
     }
+    fetch_upcoming(upcoming);
 }
 
 /* Adds `count` channels of a block's weighted values to the output. */
@@ -446,7 +449,7 @@ INLINE void compute_dot_products_of(const int vectors, const forward_workspace* 
     int32_t* scores = (int32_t*)panel->tile.scores;
 #define MULTIPLY_KEYS(n, count)                                                                                                          \
     multiply_keys(vectors, count, steps, block->keys + (n) * block->key_pitch, block->key_pitch, block->key_offsets + (n), panel->query, \
-                  scores + (n) * vectors * LANES)
+                  scores + (n) * vectors * LANES, panel->upcoming)
     BY_PRODUCT_ROWS(panel->tile.columns, MULTIPLY_KEYS);
 #undef MULTIPLY_KEYS
 }

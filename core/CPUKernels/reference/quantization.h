@@ -121,8 +121,8 @@ static void prefetch_tokens(const quantization_item* item, int64_t first) {
     const int64_t size = element_bytes(input->precision), count = input->strides[3] == 1 ? tokens_together(item, first) : 0;
     for (int64_t s = first; s < first + count; ++s) {
         const char* row = (const char*)input->data + row_offset(input, item->b, item->h, s) * size;
-        for (int64_t byte = 0; byte < item->channels * size; byte += CACHE_LINE) {
-            __builtin_prefetch(row + byte);
+        for (const char* line = row - (uintptr_t)row % CACHE_LINE; line < row + item->channels * size; line += CACHE_LINE) {
+            __builtin_prefetch(line);
         }
     }
 }

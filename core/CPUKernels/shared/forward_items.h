@@ -2,14 +2,15 @@
  * for all of them. Before it is included, a kernel defines
  *
  *   forward_workspace      with the members tile (of one panel), statistics (`highest` as binary logarithms), infinite, output
- *                          ([head_dim_v][rows] for each panel) and rows (room for a panel's rows, `row_pitch` apart)
+ *                          ([head_dim_v][rows] for each panel), rows (room for a panel's rows, `row_pitch` apart) and upcoming
  *   forward_layout()       lays it out
  *   begin_item()           what comes before an item's panels; false: the item is left to the rows of AGAIN_ROWS
  *   select_queries()       makes what the kernel keeps of each row that of a panel
  *   open_queries()         reads a panel's queries
  *   load_block()           reads a block of keys and values
- *   attend_block()         adds what the placed panel attends of the block
+ *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns
  *   channel_scales()       what each channel of the output has to be multiplied by, `stride` apart; NULL: nothing
+ *   FETCH_NEIGHBOURS       whether rows that follow one another are fetched too, not left to the processor
  *   AGAIN_ROWS             the kernel that computes the rows that this one cannot; AGAIN_FLOAT_STATISTICS says that it is of FP64 arithmetic */
 
 enum { PANELS = TILE_ROWS / PANEL_ROWS }; /* of an item at most */
@@ -96,15 +97,36 @@ static void compute_rows_again(const cpu_attention* attention, const head_positi
     }
 }
 
-/* Asks for a share of the rows of a block of keys or values that will be needed next, while the present one is computed with. */
-static void prefetch_rows(const cpu_tensor* tensor, const head_position* at, int64_t first, int64_t last, int64_t channels) {
-    enum { CACHE_LINE = 64 };
-    const int64_t bits = tensor->precision == CPU_INT4 ? 4 : 8 * element_bytes(tensor->precision);
-    if (tensor->strides[3] != 1) return;
-    for (int64_t s = first; s < last; s++) {
-        const char* row = (const char*)tensor->data + row_offset(tensor, at->b, at->kv_head, s) * bits / 8;
-        for (int64_t byte = 0; byte < channels * bits / 8; byte += CACHE_LINE) __builtin_prefetch(row + byte, 0, 2);
+static row_stream stream_upcoming(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t channels, int64_t first, int64_t rows,
+                                  int64_t times) {
+    const bool neighbours = row_stride_bytes(tensor) == row_bytes(tensor->precision, channels);
+    if (neighbours && !FETCH_NEIGHBOURS) return (row_stream){0};
+    return stream_rows(tensor, b, h, channels, first, rows, times, 1);
+}
+
+/* What follows the block at `column`: the next one that begins before `last_column`, or else what begins the item that this thread takes next
+ * if all take as long. To be fetched in `times` goes. */
+static upcoming_rows find_upcoming_rows(const cpu_attention* attention, int64_t item, const head_position* position, int64_t column,
+                                        int64_t last_column, int64_t times) {
+    upcoming_rows upcoming = {0};
+    head_position at = *position;
+    column += TILE_COLUMNS;
+    if (column >= last_column) {
+        item += attention->threads;
+        if (item >= forward_tile_items(attention)) return upcoming;
+        int64_t first_row, rows;
+        at = locate_forward_tile(attention, item, &first_row, &rows);
+        const column_range range = columns_of_rows(attention, &at, first_row, rows);
+        column = range.first / TILE_COLUMNS * TILE_COLUMNS;
+        last_column = range.last;
+        const row_place first = place_of_row(attention, &at, first_row);
+        rows = minimum(rows, attention->seq_len_q - first.i); /* of one head */
+        upcoming.query = stream_upcoming(&attention->query, at.b, first.h, attention->head_dim, first.i, rows, times);
     }
+    const int64_t columns = minimum(TILE_COLUMNS, last_column - column);
+    upcoming.key = stream_upcoming(&attention->key, at.b, at.kv_head, attention->head_dim, column, columns, times);
+    upcoming.value = stream_upcoming(&attention->value, at.b, at.kv_head, attention->head_dim_v, column, columns, times);
+    return upcoming;
 }
 
 static void forward_run(const cpu_attention* attention, int64_t item, void* memory) {
@@ -126,18 +148,18 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     }
     const column_range range = columns_of_rows(attention, &position, first_row, rows);
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
+        const int64_t columns = minimum(TILE_COLUMNS, range.last - column);
+        upcoming_rows upcoming =
+            find_upcoming_rows(attention, item, &position, column, range.last, panels * divide_up(columns, PRODUCT_ROWS));
         bool loaded = false;
         for (int64_t p = 0; p < panels; p++) {
             forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
             const column_range own = columns_of_rows(attention, &position, panel.tile.first_row, panel.tile.valid_rows);
             if (!place_score_tile(attention, &panel.tile, column, own.last)) continue;
-            if (!loaded) load_block(attention, &workspace, column, minimum(TILE_COLUMNS, range.last - column));
+            if (!loaded) load_block(attention, &workspace, column, columns);
             loaded = true;
             panel.block = workspace.block;
-            const int64_t share = divide_up(TILE_COLUMNS, panels), next = column + TILE_COLUMNS + p * share;
-            const int64_t end = minimum(next + share, range.last);
-            prefetch_rows(&attention->key, &position, next, end, attention->head_dim);
-            prefetch_rows(&attention->value, &position, next, end, attention->head_dim_v);
+            panel.upcoming = &upcoming;
             attend_block(attention, &panel);
         }
     }

@@ -3,7 +3,7 @@
  *     c[n][lane] = sum over k of a[n * a_row + k * a_depth] * b[k][lane]      (+ rescale[lane] * the old c[n][lane])
  *
  * with scalars of `a` broadcast against vectors of `b`. `b`, `c` and `rescale` are aligned, their rows follow each other. Each element sums
- * over k in order; its value does not depend on the other rows and lanes. */
+ * over k in order; its value does not depend on the other rows and lanes. Meanwhile `upcoming` rows are fetched, if there are any. */
 
 /* Accumulators fill the registers beside the vectors of b and a scalar of a: with AVX2, 6 rows by one vector of two registers are 12 of 16,
  * with AVX-512, 6 by 4 are 24 of 32, with NEON 6 by one vector of four registers 24 of 32. A rest of four rows still hides the latency of
@@ -46,12 +46,13 @@ INLINE void multiply_panel_rows(const int rows, const int vectors, int64_t depth
 
 /* For a panel of a constant number of vectors. */
 INLINE void multiply_panel_of(const int vectors, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
-                              real* c, const real* rescale) {
+                              real* c, const real* rescale, upcoming_rows* upcoming) {
 #define MULTIPLY_ROWS_OF_PANEL(count) \
     multiply_panel_rows(count, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * vectors * LANES, rescale)
     int64_t row = 0;
     for (; rows - row >= PRODUCT_ROWS && rows - row != 2 * PRODUCT_REST && rows - row != 2 * PRODUCT_REST - 1; row += PRODUCT_ROWS) {
         MULTIPLY_ROWS_OF_PANEL(PRODUCT_ROWS);
+        if (upcoming) fetch_upcoming(upcoming);
     }
     for (; rows - row >= PRODUCT_REST; row += PRODUCT_REST) MULTIPLY_ROWS_OF_PANEL(PRODUCT_REST);
     switch (rows - row) {
@@ -65,24 +66,25 @@ INLINE void multiply_panel_of(const int vectors, int64_t rows, int64_t depth, co
 
 /* `lanes` is a multiple of LANES, at most that of a panel. */
 INLINE void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
-                           real* c, const real* rescale) {
+                           real* c, const real* rescale, upcoming_rows* upcoming) {
     switch (lanes / LANES) {
-    case 1: multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+    case 1: multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
 #if KERNEL_PANEL_VECTORS > 1
-    case 2: multiply_panel_of(2, rows, depth, a, a_row, a_depth, b, c, rescale); break;
-    case 3: multiply_panel_of(3, rows, depth, a, a_row, a_depth, b, c, rescale); break;
-    default: multiply_panel_of(4, rows, depth, a, a_row, a_depth, b, c, rescale); break;
+    case 2: multiply_panel_of(2, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
+    case 3: multiply_panel_of(3, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
+    default: multiply_panel_of(4, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
 #endif
     }
 }
 
 /* c[n][lane] = sum over k of a[n][k] * b[k][lane]. */
-static void multiply_panel_by_rows(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c) {
-    multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL);
+static void multiply_panel_by_rows(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c,
+                                   upcoming_rows* upcoming) {
+    multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL, upcoming);
 }
 
 /* c[n][lane] = rescale[lane] * c[n][lane] + sum over k of a[k][n] * b[k][lane]. */
 static void multiply_panel_by_columns(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c,
                                       const real* rescale) {
-    multiply_panel(lanes, rows, depth, a, 1, pitch, b, c, rescale);
+    multiply_panel(lanes, rows, depth, a, 1, pitch, b, c, rescale, NULL);
 }

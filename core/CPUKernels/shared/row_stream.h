@@ -1,0 +1,102 @@
+/* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Processors fetch by themselves what
+ * follows on a page, but not rows that lie pages apart, as they do with other heads between them. And they drop what is asked of them when
+ * too much is: some twenty lines at once (Zen 3). */
+
+enum { CACHE_LINE = 64 };
+
+/* Bytes of `channels` channels. */
+INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
+    return precision == CPU_INT4 ? divide_up(channels, 2) : channels * element_bytes(precision);
+}
+
+/* Bytes from a row to the next. */
+INLINE int64_t row_stride_bytes(const cpu_tensor* tensor) {
+    return tensor->strides[2] * row_bytes(tensor->precision, 2) / 2;
+}
+
+/* Where a row begins in the tensor's memory. */
+INLINE const char* row_in_memory(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s) {
+    return (const char*)tensor->data + row_offset(tensor, b, h, s) * row_bytes(tensor->precision, 2) / 2;
+}
+
+/* Rows that follow one another are one. Where they are many bytes, a line of each run of rows is fetched before the next of each: with several
+ * pages open, memory is read up to 1.4 times as fast (Zen 3). */
+typedef struct {
+    const char *row, *line; /* of the first run: the row at hand, and the next line of it */
+    int64_t stride, bytes;  /* from row to row; of a row */
+    int64_t rows;           /* of a run, behind this one */
+    int64_t runs, run_stride;
+    int64_t lines_at_once; /* of a run */
+} row_stream;
+
+enum { RUN_BYTES = 4096 };
+
+/* The line that holds a byte. */
+INLINE const char* line_of(const char* byte) {
+    return byte - (uintptr_t)byte % CACHE_LINE;
+}
+
+/* Rows first ..< first + rows, to be fetched in `times` goes from `runs` places side by side, if that many rows can be so divided. */
+static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t channels, int64_t first, int64_t rows, int64_t times,
+                              const int runs) {
+    row_stream stream = {0};
+    if (rows <= 0 || tensor->strides[3] != 1) return stream;
+    stream.row = row_in_memory(tensor, b, h, first);
+    stream.line = line_of(stream.row);
+    stream.bytes = row_bytes(tensor->precision, channels);
+    stream.stride = row_stride_bytes(tensor);
+    stream.runs = rows % runs == 0 && rows / runs * stream.bytes >= RUN_BYTES ? runs : 1;
+    rows /= stream.runs;
+    stream.run_stride = rows * stream.stride;
+    if (stream.stride == stream.bytes) {
+        stream.bytes *= rows;
+        rows = 1;
+    }
+    stream.rows = rows - 1;
+    /* A long row is not worth more at once for the line that it begins within. */
+    const int64_t before = rows > 1 ? stream.row - stream.line : 0;
+    stream.lines_at_once = divide_up(rows * divide_up(before + stream.bytes, CACHE_LINE), times);
+    return stream;
+}
+
+/* A line of each run. */
+INLINE void fetch_line(const row_stream* stream, const int most_runs, const char* line) {
+    __builtin_prefetch(line);
+    if (most_runs == 1 || stream->runs == 1) return;
+    for (int run = 1; run < most_runs; run++) __builtin_prefetch(line + run * stream->run_stride);
+}
+
+/* `most_runs`: what stream_rows() was given as `runs`. */
+INLINE void fetch_lines(row_stream* stream, const int most_runs) {
+    const char *line = stream->line, *end = stream->row + stream->bytes;
+    const int64_t bytes = stream->lines_at_once * CACHE_LINE;
+    if (end - line >= bytes) { /* of one row, or of rows that follow one another */
+        stream->line = line + bytes;
+#pragma clang loop unroll(disable)
+        for (; line < stream->line; line += CACHE_LINE) fetch_line(stream, most_runs, line);
+        return;
+    }
+#pragma clang loop unroll(disable)
+    for (int64_t left = stream->lines_at_once; left > 0; left--, line += CACHE_LINE) {
+        if (line >= end) {
+            if (stream->rows == 0) break;
+            stream->rows--;
+            stream->row += stream->stride;
+            line = line_of(stream->row);
+            end = stream->row + stream->bytes;
+        }
+        fetch_line(stream, most_runs, line);
+    }
+    stream->line = line;
+}
+
+/* What a forward kernel needs after the block of keys and values at hand: the next block, and where that is another item's, its queries. */
+typedef struct {
+    row_stream key, value, query;
+} upcoming_rows;
+
+INLINE void fetch_upcoming(upcoming_rows* upcoming) {
+    if (upcoming->key.line) fetch_lines(&upcoming->key, 1);
+    if (upcoming->value.line) fetch_lines(&upcoming->value, 1);
+    if (upcoming->query.line) fetch_lines(&upcoming->query, 1);
+}
