@@ -331,6 +331,26 @@ def test_attention__few_rows_at_any_strides__give_the_bits_of_contiguous_ones(fa
     assert made.run(context=context)[1].tobytes() == plain[1].tobytes()
 
 
+@pytest.mark.parametrize("columns", [40, PART + 100])
+@pytest.mark.parametrize("kv_heads", [2, 5, 16, 19])  # items hold up to 16; powers of two share cache sets, and are copied
+@pytest.mark.parametrize("group", [1, 6])
+def test_attention__heads_side_by_side__give_the_bits_of_heads_one_behind_the_other(group, kv_heads, columns, contexts, rng):
+    q = rng.normal(size=(2, 1, kv_heads * group, 64)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, columns, kv_heads, 64)).astype(np.float32)
+    words = {"kv_lengths": [columns, columns - 33], "return_lse": True}
+
+    def attend(layout, threads):
+        operands = [each if layout == "bshd" else np.ascontiguousarray(each.swapaxes(1, 2)) for each in (q, k, v)]
+        if contexts["dtype"] == "int8":
+            operands[1:] = [umfa.quantize(each, "int8", layout=layout) for each in operands[1:]]
+        output, lse = umfa.attention(*operands, layout=layout, context=contexts[threads], **words)
+        return bits((output if layout == "bhsd" else np.ascontiguousarray(output.swapaxes(1, 2)), lse))
+
+    apart = attend("bhsd", 1)
+    for threads in THREADS:
+        assert attend("bshd", threads) == apart
+
+
 def test_attention__rows_of_one_call__have_the_bits_of_calls_of_their_own(contexts, rng):
     dtype = contexts["dtype"]
     made = integer_problem(

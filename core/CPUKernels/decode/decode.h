@@ -9,9 +9,10 @@
  *   KERNEL_SLICE        floats in a register
  *   KERNEL_REGISTERS    how many of them there are
  *
- * The keys of a sequence are split into parts of PART_KEYS, and an item is one part of one head of keys. It goes through its part in blocks:
- * dot products of all its query rows with a block's keys (lanes are channels), their softmax (lanes are keys), the weighted sum of the
- * block's values (lanes are channels). What the items leave in shared memory is joined, part by part in their order, when all are done.
+ * The keys of a sequence are split into parts of PART_KEYS, and an item is one part of one head of keys, or of some that lie side by side. It
+ * goes through its part in blocks, and through a block head by head: dot products of all its query rows with a block's keys (lanes are
+ * channels), their softmax (lanes are keys), the weighted sum of the block's values (lanes are channels). What the items leave in shared
+ * memory is joined, part by part in their order, when all are done.
  *
  * Elements become numbers in registers, without their scales: those of rows multiply scores and weights, those of channels the queries and
  * the output. FP32 numbers are less their zero points, so that nothing cancels. Rows with other schemes (FP32 only), and those whose channels
@@ -59,6 +60,7 @@ enum {
     MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
     PART_KEYS = 512,  /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
     BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
+    MOST_HEADS = 16,  /* of an item */
     ROWS = 4,         /* query rows that share a register of keys or values */
     SIDE_BY_SIDE = 2, /* vectors whose exponentials are computed together */
 };
@@ -131,16 +133,29 @@ INLINE partial_row* next_partial(const cpu_attention* attention, partial_row* pa
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
+/* Heads of keys in an item: some, where each row lies beside that of the next head, for memory is read best in long runs. */
+static int64_t heads_of_item(const cpu_attention* attention) {
+    enum { ITEMS_PER_THREAD = 4 };
+    const cpu_tensor *key = &attention->key, *value = &attention->value;
+    if (key->strides[1] != attention->head_dim || value->strides[1] != attention->head_dim_v || key->strides[1] >= key->strides[2])
+        return 1;
+    int64_t heads = minimum(attention->num_kv_heads, MOST_HEADS);
+    const int64_t others = attention->batch_size * part_count(attention), threads = attention->threads;
+    while (threads > 1 && heads > 1 && others * divide_up(attention->num_kv_heads, heads) < ITEMS_PER_THREAD * threads) heads /= 2;
+    return heads;
+}
+
+/* Arrays of rows are of the rows of one head of keys, in one block, unless they are of all heads of an item. */
 typedef struct {
     operand key, value;
-    number* query;      /* [rows][padded head_dim] */
-    float* mean_scores; /* [rows]: dot products with the keys' channel means */
+    number* query;      /* [heads][rows][padded head_dim] */
+    float* mean_scores; /* [heads][rows]: dot products with the keys' channel means */
     uint64_t* attended; /* [rows]: which of the block's keys are */
     float* additions;   /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
     float* scores;      /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
 #if KERNEL_INTEGER
-    float* query_scales; /* [rows] */
-    float* query_sums;   /* [rows]: of the row's numbers */
+    float* query_scales; /* [heads][rows] */
+    float* query_sums;   /* [heads][rows]: of the row's numbers */
     number* weights;     /* [rows][BLOCK_KEYS] */
     float* factors;      /* [rows]: what the block's weighted sums are multiplied by */
     float* excess;       /* [rows]: what bias and zero points add to those */
@@ -150,25 +165,25 @@ typedef struct {
     float* finite_values;  /* [BLOCK_KEYS][padded head_dim_v]: the block's values with 0 for what is not finite */
     float* row;            /* [padded channels] */
     number* row_numbers;   /* [padded head_dim] */
-    partial_row** partial; /* [rows] */
-    char* partials;        /* those of a problem with one part */
+    partial_row** partial; /* [heads][rows] */
+    char* partials;        /* those of a problem with one part, [heads][rows] */
     char* wide;            /* for the FP64 kernel */
 } decode_workspace;
 
 static size_t decode_layout(const cpu_attention* attention, void* memory, decode_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
-    const int64_t rows = group_rows(attention);
+    const int64_t rows = group_rows(attention), all_rows = heads_of_item(attention) * rows;
     const int64_t head_dim = padded_channels(attention->key.precision, attention->head_dim), head_dim_v = padded_output(attention);
     take_operand(&cursor, &attention->key, attention->head_dim, &workspace->key);
     take_operand(&cursor, &attention->value, attention->head_dim_v, &workspace->value);
-    workspace->query = workspace_take(&cursor, rows * head_dim, sizeof(number));
-    workspace->mean_scores = workspace_take_reals(&cursor, rows);
+    workspace->query = workspace_take(&cursor, all_rows * head_dim, sizeof(number));
+    workspace->mean_scores = workspace_take_reals(&cursor, all_rows);
     workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
     workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, rows * BLOCK_KEYS) : NULL;
     workspace->scores = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
 #if KERNEL_INTEGER
-    workspace->query_scales = workspace_take_reals(&cursor, rows);
-    workspace->query_sums = workspace_take_reals(&cursor, rows);
+    workspace->query_scales = workspace_take_reals(&cursor, all_rows);
+    workspace->query_sums = workspace_take_reals(&cursor, all_rows);
     workspace->weights = workspace_take(&cursor, rows * BLOCK_KEYS, sizeof(number));
     workspace->factors = workspace_take_reals(&cursor, rows);
     workspace->excess = workspace_take_reals(&cursor, rows);
@@ -178,10 +193,25 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     workspace->finite_values = has_codes(&attention->value) ? NULL : workspace_take_reals(&cursor, BLOCK_KEYS * head_dim_v);
     workspace->row = workspace_take_reals(&cursor, maximum(head_dim, head_dim_v));
     workspace->row_numbers = workspace_take(&cursor, head_dim, sizeof(number));
-    workspace->partial = workspace_take(&cursor, rows, sizeof(partial_row*));
-    workspace->partials = workspace_take(&cursor, part_count(attention) == 1 ? rows : 0, partial_bytes(attention));
+    workspace->partial = workspace_take(&cursor, all_rows, sizeof(partial_row*));
+    workspace->partials = workspace_take(&cursor, part_count(attention) == 1 ? all_rows : 0, partial_bytes(attention));
     workspace->wide = workspace_take(&cursor, (int64_t)KERNEL_WIDE_ROWS_BYTES(attention), 1);
     return cursor.used;
+}
+
+/* The workspace of head n of an item. */
+static decode_workspace select_head(const cpu_attention* attention, const decode_workspace* item, int64_t n) {
+    decode_workspace selected = *item;
+    const int64_t first = n * group_rows(attention);
+    selected.query += first * padded_channels(attention->key.precision, attention->head_dim);
+    selected.mean_scores += first;
+#if KERNEL_INTEGER
+    selected.query_scales += first;
+    selected.query_sums += first;
+#endif
+    selected.partial += first;
+    selected.partials += part_count(attention) == 1 ? partial_bytes(attention) * (size_t)first : 0;
+    return selected;
 }
 
 static size_t decode_workspace_bytes(const cpu_attention* attention) {
@@ -492,57 +522,116 @@ static bool decode_serves(const cpu_attention* attention) {
 }
 
 static int64_t decode_items(const cpu_attention* attention) {
-    return attention->batch_size * attention->num_kv_heads * part_count(attention);
+    return attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention)) * part_count(attention);
+}
+
+/* A head of keys of an item. */
+typedef struct {
+    head_position at;
+    decode_workspace workspace;
+} decoded_head;
+
+/* Empties the partial results of a head's rows in a part. */
+static void clear_partials(const cpu_attention* attention, const decoded_head* head, int64_t part) {
+    const decode_workspace* workspace = &head->workspace;
+    for (int64_t row = 0; row < group_rows(attention); row++) {
+        const row_place place = place_of_row(attention, &head->at, row);
+        partial_row* partial = (partial_row*)(workspace->partials + partial_bytes(attention) * (size_t)row);
+        if (part_count(attention) > 1) {
+            partial = next_partial(attention, find_shared_partials(attention, head->at.b, place.h, place.i), part);
+        }
+        *partial = (partial_row){.highest = -INFINITY};
+        memset(partial_output(partial), 0, (size_t)padded_output(attention) * sizeof(float));
+        workspace->partial[row] = partial;
+    }
+}
+
+static void open_head(const cpu_attention* attention, decoded_head* head) {
+    const head_position* at = &head->at;
+    const cpu_tensor key = score_operand(&attention->key);
+    place_operand(&key, at->b, at->kv_head, attention->head_dim, &head->workspace.key);
+    place_operand(&attention->value, at->b, at->kv_head, attention->head_dim_v, &head->workspace.value);
+    load_queries(attention, at, &head->workspace);
+}
+
+/* Rows that are fetched while a block is computed with: values first, then keys. */
+typedef struct {
+    row_stream values, keys;
+} rows_to_fetch;
+
+/* For head n of `count`. Of one head, the block's own values and the keys of the next block, which begins at `next` and ends before
+ * `last_key`; of several, a share of all that they need of the next block, which is much. */
+static rows_to_fetch find_rows_to_fetch(const cpu_attention* attention, const decoded_head* heads, int64_t n, int64_t count, int64_t column,
+                                        int64_t columns, int64_t last_key) {
+    const operand *key = &heads[0].workspace.key, *value = &heads[0].workspace.value;
+    const int64_t together = minimum(group_rows(attention), ROWS), next = column + BLOCK_KEYS,
+                  next_columns = minimum(BLOCK_KEYS, last_key - next);
+    const int64_t value_goes = divide_up(columns, KEYS_AT_ONCE(together));
+    const int64_t key_goes = divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(value->padded / SLICE, SLICES_AT_ONCE(together));
+    if (count == 1) {
+        return (rows_to_fetch){
+            .values = stream_operand(value, 1, column, columns, value_goes),
+            .keys = stream_operand(key, 1, next, next_columns, key_goes),
+        };
+    }
+    const int64_t first = next_columns * n / count, rows = next_columns * (n + 1) / count - first;
+    return (rows_to_fetch){
+        .values = stream_operand(value, count, next + first, rows, value_goes),
+        .keys = stream_operand(key, count, next + first, rows, key_goes),
+    };
+}
+
+/* Takes a block of keys and values into the partial results of a head's rows. */
+static void attend_block(const cpu_attention* attention, decoded_head* head, int64_t column, int64_t columns, rows_to_fetch fetched) {
+    decode_workspace* workspace = &head->workspace;
+    operand *key = &workspace->key, *value = &workspace->value;
+    const int64_t rows = group_rows(attention);
+    if (!find_attended(attention, &head->at, column, columns, workspace)) return;
+    place_block(key, column, columns);
+    place_block(value, column, columns);
+    gather_block(key);
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        multiply_key_block(key, minimum(ROWS, rows - row), workspace->query + row * key->padded, workspace->scores + row * BLOCK_KEYS,
+                           &fetched.values);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        if (workspace->attended[row]) weigh_block(attention, &head->at, row, column, workspace);
+    }
+    gather_block(value);
+    for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.keys, workspace);
 }
 
 static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {
     decode_workspace workspace;
     decode_layout(attention, memory, &workspace);
-    const int64_t parts = part_count(attention), part = item % parts, head = item / parts;
-    const int64_t rows = group_rows(attention), padded_v = padded_output(attention);
-    const head_position at =
-        locate_head(attention, head / attention->num_kv_heads, head % attention->num_kv_heads * group_heads(attention));
-    for (int64_t row = 0; row < rows; row++) {
-        const row_place place = place_of_row(attention, &at, row);
-        partial_row* partial = (partial_row*)(workspace.partials + partial_bytes(attention) * (size_t)row);
-        if (parts > 1) partial = next_partial(attention, find_shared_partials(attention, at.b, place.h, place.i), part);
-        *partial = (partial_row){.highest = -INFINITY};
-        memset(partial_output(partial), 0, (size_t)padded_v * sizeof(float));
-        workspace.partial[row] = partial;
+    const int64_t parts = part_count(attention), part = item % parts, most = heads_of_item(attention);
+    const int64_t groups = divide_up(attention->num_kv_heads, most), group = item / parts;
+    const int64_t first_head = group % groups * most, count = minimum(most, attention->num_kv_heads - first_head);
+    const int64_t rows = group_rows(attention);
+    decoded_head heads[MOST_HEADS];
+    for (int64_t n = 0; n < count; n++) {
+        heads[n].at = locate_head(attention, group / groups, (first_head + n) * group_heads(attention));
+        heads[n].workspace = select_head(attention, &workspace, n);
+        clear_partials(attention, &heads[n], part);
     }
 
-    column_range range = columns_of_rows(attention, &at, 0, rows);
+    column_range range = columns_of_rows(attention, &heads[0].at, 0, rows);
     range.first = maximum(range.first / BLOCK_KEYS * BLOCK_KEYS, part * PART_KEYS);
-    const int64_t last_key = minimum(range.last, at.keys);
+    const int64_t last_key = minimum(range.last, heads[0].at.keys);
     range.last = minimum(last_key, (part + 1) * PART_KEYS);
-    if (range.first < range.last) {
-        const cpu_tensor key = score_operand(&attention->key);
-        place_operand(&key, at.b, at.kv_head, attention->head_dim, &workspace.key);
-        place_operand(&attention->value, at.b, at.kv_head, attention->head_dim_v, &workspace.value);
-        load_queries(attention, &at, &workspace);
-    }
+    for (int64_t n = 0; n < count && range.first < range.last; n++) open_head(attention, &heads[n]);
     for (int64_t column = range.first; column < range.last; column += BLOCK_KEYS) {
-        const int64_t columns = minimum(BLOCK_KEYS, range.last - column), next = column + BLOCK_KEYS;
-        if (!find_attended(attention, &at, column, columns, &workspace)) continue;
-        place_block(&workspace.key, column, columns);
-        place_block(&workspace.value, column, columns);
-        row_stream values = stream_operand(&workspace.value, column, columns, divide_up(columns, KEYS_AT_ONCE(minimum(rows, ROWS))));
-        row_stream keys = stream_operand(&workspace.key, next, minimum(BLOCK_KEYS, last_key - next),
-                                         divide_up(columns, KEYS_BETWEEN_FETCHES) *
-                                             divide_up(workspace.value.padded / SLICE, SLICES_AT_ONCE(minimum(rows, ROWS))));
-        for (int64_t row = 0; row < rows; row += ROWS) {
-            multiply_key_block(&workspace.key, minimum(ROWS, rows - row), workspace.query + row * workspace.key.padded,
-                               workspace.scores + row * BLOCK_KEYS, &values);
+        const int64_t columns = minimum(BLOCK_KEYS, range.last - column);
+        for (int64_t n = 0; n < count; n++) {
+            attend_block(attention, &heads[n], column, columns, find_rows_to_fetch(attention, heads, n, count, column, columns, last_key));
         }
-        for (int64_t row = 0; row < rows; row++) {
-            if (workspace.attended[row]) weigh_block(attention, &at, row, column, &workspace);
-        }
-        for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &keys, &workspace);
     }
 
-    for (int64_t row = 0; row < rows && parts == 1; row++) {
-        const row_place place = place_of_row(attention, &at, row);
-        finish_decoded_row(attention, at.b, place.h, place.i, workspace.partial[row], 1, &workspace);
+    for (int64_t n = 0; n < count && parts == 1; n++) {
+        for (int64_t row = 0; row < rows; row++) {
+            const row_place place = place_of_row(attention, &heads[n].at, row);
+            finish_decoded_row(attention, heads[n].at.b, place.h, place.i, heads[n].workspace.partial[row], 1, &workspace);
+        }
     }
 }
 

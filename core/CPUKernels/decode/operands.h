@@ -11,7 +11,8 @@ typedef struct {
     int64_t padded;          /* channels of whole steps */
     int64_t steps;
     bool dequantized; /* copied as real numbers: no scale nor zero point is left to apply */
-    bool in_place;    /* not copied */
+    bool in_place;    /* not copied by elements */
+    bool conflicting; /* rows share cache sets: they are copied too, as they are */
     bool shifted;     /* rows have zero points */
     bool scaled;      /* rows have scales */
     char* copies;     /* workspace: BLOCK_KEYS rows, in FP32 at most */
@@ -50,6 +51,14 @@ static void take_operand(workspace_cursor* cursor, const cpu_tensor* tensor, int
     operand->zero_points = workspace_take_reals(cursor, BLOCK_KEYS);
 }
 
+/* Whether a block's rows leave so many cache sets unused between them that they need more than half the ways of the others. Such are those of
+ * heads side by side, if there are two, four, eight ... of them. */
+static bool rows_conflict(const cpu_tensor* tensor, int64_t channels) {
+    enum { PAGE = 4096, WAYS = 8 }; /* of the first-level cache; what is PAGE apart shares a set */
+    const int64_t stride = row_stride_bytes(tensor), apart = stride == 0 ? PAGE : stride & -stride;
+    return apart > row_bytes(tensor->precision, channels) && BLOCK_KEYS * minimum(apart, PAGE) / PAGE > WAYS / 2;
+}
+
 static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int64_t channels, operand* operand) {
     operand->tensor = *tensor;
     operand->b = b;
@@ -60,6 +69,7 @@ static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int
     operand->steps = operand->padded / CHANNEL_STEP(operand->precision);
     operand->dequantized = operand->precision != tensor->precision;
     operand->in_place = !operand->dequantized && tensor->strides[3] == 1 && channels == operand->padded;
+    operand->conflicting = operand->in_place && rows_conflict(tensor, channels);
     const bool has_row_scales = has_codes(tensor) && !operand->dequantized && !has_channel_scales(tensor);
     operand->scaled = has_row_scales && tensor->scales;
     operand->shifted = has_row_scales && tensor->zero_points;
@@ -124,8 +134,22 @@ static void place_block(operand* operand, int64_t first, int64_t columns) {
     }
 }
 
-/* Rows first ..< first + rows, where they are read in place, to be fetched in `times` goes. */
-static row_stream stream_operand(const operand* operand, int64_t first, int64_t rows, int64_t times) {
+/* Copies the placed block's rows if they conflict. */
+static void gather_block(operand* operand) {
+    if (!operand->conflicting) return;
+    const int64_t bytes = row_bytes(operand->precision, operand->padded);
+    for (int64_t k = 0; k < operand->columns; k++) {
+        const char* row = operand->rows + k * operand->stride;
+        for (int64_t byte = 0; byte < bytes; byte += (int64_t)sizeof(slice)) {
+            slice_store((float*)(operand->copies + k * bytes + byte), slice_load((const float*)(row + byte)));
+        }
+    }
+    operand->rows = operand->copies;
+    operand->stride = bytes;
+}
+
+/* Rows first ..< first + rows of `heads` heads side by side, where they are read in place, to be fetched in `times` goes. */
+static row_stream stream_operand(const operand* operand, int64_t heads, int64_t first, int64_t rows, int64_t times) {
     if (!operand->in_place) return (row_stream){0};
-    return stream_rows(&operand->tensor, operand->b, operand->head, operand->channels, first, rows, times, RUNS);
+    return stream_rows(&operand->tensor, operand->b, operand->head, heads * operand->channels, first, rows, times, RUNS);
 }

@@ -45,7 +45,7 @@ static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, in
     stream.line = line_of(stream.row);
     stream.bytes = row_bytes(tensor->precision, channels);
     stream.stride = row_stride_bytes(tensor);
-    stream.runs = rows % runs == 0 && rows / runs * stream.bytes >= RUN_BYTES ? runs : 1;
+    stream.runs = stream.stride == stream.bytes && rows % runs == 0 && rows / runs * stream.bytes >= RUN_BYTES ? runs : 1;
     rows /= stream.runs;
     stream.run_stride = rows * stream.stride;
     if (stream.stride == stream.bytes) {
