@@ -49,6 +49,7 @@
 #include "../shared/real.h"
 #include "../shared/tile.h"
 #include "../shared/transpose.h"
+#include "../shared/row_stream.h"
 /* clang-format on */
 
 /* A block of accumulators beside the vectors of one operand and a scalar of the other: with AVX2, 6 rows by one vector of two registers are
@@ -87,6 +88,12 @@ static int64_t pitch_of(int64_t count) {
     return (round_up(count, PANEL) / LANES | 1) * LANES;
 }
 
+/* What is fetched while a tile is computed with: the rows of the next one, and behind the last tile of an item the keys and values of the
+ * next item. */
+typedef struct {
+    row_stream query, grad_output, key, value;
+} upcoming_tile;
+
 typedef struct {
     int64_t first, last;
 } span;
@@ -101,23 +108,24 @@ typedef struct {
     head_position position;
     int64_t first_column, columns; /* of the tile: those that exist */
     int64_t first_row, rows;
-    bool full;                 /* every element is attended */
-    bool masked;               /* the mask excludes some, or adds to scores: `additions` is filled in */
-    bool grad_output_finite;   /* of the tile's rows */
-    int64_t pitch, pitch_v;    /* of rows of head_dim and head_dim_v channels */
-    int64_t column_pitch;      /* of rows of columns */
-    operands operands;         /* as they are multiplied */
-    real* grad_output;         /* [ROW_TILE][pitch_v] */
-    real* weights;             /* [ROW_TILE][column_pitch]: dot products, then probabilities with dropout applied */
-    real* grad_scores;         /* [ROW_TILE][column_pitch]: dP, then the gradient of the scaled dot products */
-    real* additions;           /* [ROW_TILE][column_pitch], where there is a mask: what it adds to scores, -inf where it excludes */
-    real* dropout;             /* [columns], where there is dropout: the factors of a row */
-    real* grad_query;          /* [ROW_TILE][pitch] */
-    real* grad_key;            /* [columns][pitch] */
-    real* grad_value;          /* [columns][pitch_v] */
-    real* row;                 /* a row of channels */
-    real* logsumexp;           /* [ROW_TILE] */
-    real* offsets;             /* [ROW_TILE]: d_values less the gradient of logsumexp */
+    bool full;               /* every element is attended */
+    bool masked;             /* the mask excludes some, or adds to scores: `additions` is filled in */
+    bool grad_output_finite; /* of the tile's rows */
+    int64_t pitch, pitch_v;  /* of rows of head_dim and head_dim_v channels */
+    int64_t column_pitch;    /* of rows of columns */
+    operands operands;       /* as they are multiplied */
+    real* grad_output;       /* [ROW_TILE][pitch_v] */
+    real* weights;           /* [ROW_TILE][column_pitch]: dot products, then probabilities with dropout applied */
+    real* grad_scores;       /* [ROW_TILE][column_pitch]: dP, then the gradient of the scaled dot products */
+    real* additions;         /* [ROW_TILE][column_pitch], where there is a mask: what it adds to scores, -inf where it excludes */
+    real* dropout;           /* [columns], where there is dropout: the factors of a row */
+    real* grad_query;        /* [ROW_TILE][pitch] */
+    real* grad_key;          /* [columns][pitch] */
+    real* grad_value;        /* [columns][pitch_v] */
+    real* row;               /* a row of channels */
+    real* logsumexp;         /* [ROW_TILE] */
+    real* offsets;           /* [ROW_TILE]: d_values less the gradient of logsumexp */
+    upcoming_tile upcoming;
     span columns_of[ROW_TILE]; /* what masks but the tensor leave to each row of the tile */
 } backward_workspace;
 
@@ -282,22 +290,6 @@ static bool load_tile(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t fi
         }
     }
     return !vector_any(~finite);
-}
-
-/* Asks for memory that will be needed while the next products run. */
-static void prefetch(const char* address, int64_t bytes) {
-    for (int64_t byte = 0; byte < bytes; byte += WORKSPACE_ALIGNMENT) __builtin_prefetch(address + byte, 0, 2);
-}
-
-/* Rows row ..< row + rows of the next tile of rows. */
-static void prefetch_next_tile(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor, int64_t row,
-                               int64_t rows, int64_t channels) {
-    const head_position* at = &workspace->position;
-    const int64_t first = workspace->first_row + ROW_TILE + row;
-    const int64_t size = element_bytes(tensor->precision), in_element = tensor->precision == CPU_INT4 ? 2 : 1;
-    for (int64_t next = first; next < minimum(first + rows, attention->seq_len_q); next++) {
-        prefetch((const char*)tensor->data + row_offset(tensor, at->b, at->h, next) * size / in_element, channels * size / in_element);
-    }
 }
 
 /* Rows of a tile as panels of columns. What lies behind the rows is 0. */
@@ -617,36 +609,38 @@ static void multiply_panel(const product* product, int64_t rows, int64_t depth, 
 static void multiply_key_rows(const backward_workspace* workspace, int64_t rows, int64_t row, int64_t first, int64_t last, int64_t channel);
 
 /* out[row][column] = sum over channels of rows[row][channel] * panels[column][channel], where the tile is attended. The panels of a group of
- * columns stay in the first level cache. The product's rows are those of `tensor`. */
-static void multiply_by_panels(const cpu_attention* attention, const backward_workspace* workspace, const cpu_tensor* tensor,
-                               int64_t channels, const product* product) {
+ * columns stay in the first level cache. */
+static void multiply_by_panels(const backward_workspace* workspace, int64_t channels, const product* product, row_stream* upcoming) {
     for (int64_t group = 0; group < workspace->columns; group += GROUP) {
         for (int64_t row = 0, count; row < workspace->rows; row += count) {
             count = block_rows(workspace->rows - row);
-            if (group == 0) prefetch_next_tile(attention, workspace, tensor, row, count, channels);
             const span attended = columns_of_block(workspace, row, count);
             const int64_t last = minimum(attended.last, group + GROUP);
             for (int64_t column = maximum(attended.first / PANEL * PANEL, group); column < last; column += PANEL) {
                 multiply_panel(product, count, divide_up(channels, IN_ELEMENT), row, column, workspace->column_pitch);
+                fetch_lines(upcoming, 1);
             }
         }
     }
 }
 
 /* grad_query[row][channel] = sum over columns of grad_scores[row][column] * key[column][channel], in groups of rows likewise. */
-static void multiply_by_keys(const cpu_attention* attention, const backward_workspace* workspace) {
+static void multiply_by_keys(const cpu_attention* attention, backward_workspace* workspace) {
     const int64_t channels = attention->head_dim;
     const query_sums sums = locate_query_sums(attention, workspace->position.b, workspace->position.h);
     for (int64_t group = 0; group < workspace->rows; group += GROUP) {
         const int64_t end = minimum(group + GROUP, workspace->rows);
         for (int64_t row = group; row < end; row++) {
-            prefetch(sums.sums + (workspace->first_row + row) * sums.row_bytes, channels * (int64_t)sizeof(real));
+            const char* sum = sums.sums + (workspace->first_row + row) * sums.row_bytes;
+            for (int64_t byte = 0; byte < channels * (int64_t)sizeof(real); byte += CACHE_LINE) __builtin_prefetch(sum + byte);
         }
         for (int64_t channel = 0; channel < channels; channel += PANEL) {
             for (int64_t row = group, count; row < end; row += count) {
                 count = block_rows(end - row);
                 const span columns = columns_of_block(workspace, row, count);
                 multiply_key_rows(workspace, count, row, columns.first, columns.last, channel);
+                fetch_lines(&workspace->upcoming.key, 1);
+                fetch_lines(&workspace->upcoming.value, 1);
             }
         }
     }
@@ -660,13 +654,63 @@ static void multiply_by_keys(const cpu_attention* attention, const backward_work
 
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */
 
+static int64_t kv_head_count(const cpu_attention* attention) {
+    return attention->batch_size * attention->num_kv_heads;
+}
+
 /* Tiles of the same columns of all heads follow one another, so that two that add to the same queries are seldom worked on at once. */
 static int64_t backward_items(const cpu_attention* attention) {
-    return attention->batch_size * attention->num_kv_heads * column_tiles(attention);
+    return kv_head_count(attention) * column_tiles(attention);
+}
+
+/* The first query head of an item. */
+static head_position locate_item(const cpu_attention* attention, int64_t item) {
+    const int64_t head = item % kv_head_count(attention), group = attention->num_heads / attention->num_kv_heads;
+    return locate_head(attention, head / attention->num_kv_heads, head % attention->num_kv_heads * group);
+}
+
+/* The first tile of rows from `row_tile` on of a head that attends a tile of columns; the number of all where none does. */
+static int64_t next_row_tile(const cpu_attention* attention, const head_position* at, int64_t tile, int64_t row_tile) {
+    for (; row_tile < row_tiles(attention); row_tile++) {
+        const span columns = column_tiles_of(attention, at, row_tile);
+        if (tile >= columns.first && tile < columns.last) break;
+    }
+    return row_tile;
+}
+
+/* What follows a tile of rows of the head at the workspace's position: the head's next one, or the first one of the next head that shares the
+ * keys, or of the item that this thread takes next if all take as long. */
+static upcoming_tile find_upcoming_tile(const cpu_attention* attention, const backward_workspace* workspace, int64_t item,
+                                        int64_t row_tile) {
+    upcoming_tile upcoming = {0};
+    head_position at = workspace->position;
+    const int64_t group = attention->num_heads / attention->num_kv_heads;
+    const int64_t blocks = divide_up(workspace->rows, block_rows(workspace->rows));
+    const int64_t column_panels = divide_up(workspace->columns, PANEL), channel_panels = divide_up(attention->head_dim, PANEL);
+    int64_t tile = item / kv_head_count(attention);
+    row_tile = next_row_tile(attention, &at, tile, row_tile + 1);
+    if (row_tile == row_tiles(attention) && (at.h + 1) % group != 0) {
+        at = locate_head(attention, at.b, at.h + 1);
+        row_tile = next_row_tile(attention, &at, tile, 0);
+    } else if (row_tile == row_tiles(attention)) {
+        item += attention->threads;
+        if (item >= backward_items(attention)) return upcoming;
+        at = locate_item(attention, item);
+        tile = item / kv_head_count(attention);
+        row_tile = next_row_tile(attention, &at, tile, 0);
+        const int64_t column = tile * column_tile(attention), columns = minimum(column_tile(attention), at.keys - column);
+        const int64_t times = blocks * channel_panels;
+        upcoming.key = stream_rows(&attention->key, at.b, at.kv_head, attention->head_dim, column, columns, times, 1);
+        upcoming.value = stream_rows(&attention->value, at.b, at.kv_head, attention->head_dim_v, column, columns, times, 1);
+    }
+    const int64_t row = row_tile * ROW_TILE, rows = minimum(ROW_TILE, attention->seq_len_q - row), times = blocks * column_panels;
+    upcoming.query = stream_rows(&attention->query, at.b, at.h, attention->head_dim, row, rows, times, 1);
+    upcoming.grad_output = stream_rows(&attention->grad_output, at.b, at.h, attention->head_dim_v, row, rows, times, 1);
+    return upcoming;
 }
 
 /* One tile of rows of the head at the workspace's position, against the item's columns. */
-static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t row_tile) {
+static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t item, int64_t row_tile) {
     const int64_t head_dim_v = attention->head_dim_v, pitch_v = workspace->pitch_v;
     const bool wants_query = attention->grad_query.data != NULL;
     workspace->first_row = row_tile * ROW_TILE;
@@ -677,6 +721,7 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
     }
     load_statistics(attention, workspace);
     load_rows_of_tile(attention, workspace);
+    workspace->upcoming = find_upcoming_tile(attention, workspace, item, row_tile);
     multiply_rows_of_tile(attention, workspace);
     differentiate(attention, workspace);
     if (attention->grad_value.data) {
@@ -697,11 +742,11 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
 static void backward_run(const cpu_attention* attention, int64_t item, void* memory) {
     backward_workspace workspace;
     backward_layout(attention, memory, &workspace);
-    const int64_t heads = attention->batch_size * attention->num_kv_heads, group = attention->num_heads / attention->num_kv_heads;
-    const int64_t b = item % heads / attention->num_kv_heads, kv_head = item % heads % attention->num_kv_heads;
-    const int64_t tile = item / heads, pitch = workspace.pitch, pitch_v = workspace.pitch_v;
+    const int64_t group = attention->num_heads / attention->num_kv_heads, tile = item / kv_head_count(attention);
+    const int64_t pitch = workspace.pitch, pitch_v = workspace.pitch_v;
     workspace.first_column = tile * column_tile(attention);
-    workspace.position = locate_head(attention, b, kv_head * group);
+    workspace.position = locate_item(attention, item);
+    const int64_t b = workspace.position.b, kv_head = workspace.position.kv_head;
     workspace.columns = minimum(column_tile(attention), workspace.position.keys - workspace.first_column);
     if (workspace.columns > 0) load_keys_and_values(attention, &workspace);
     memset(workspace.grad_key, 0, (size_t)(column_tile(attention) * pitch) * sizeof(real));
@@ -709,9 +754,9 @@ static void backward_run(const cpu_attention* attention, int64_t item, void* mem
 
     for (int64_t h = kv_head * group; workspace.columns > 0 && h < (kv_head + 1) * group; h++) {
         workspace.position = locate_head(attention, b, h);
-        for (int64_t row_tile = 0; row_tile < row_tiles(attention); row_tile++) {
-            const span columns = column_tiles_of(attention, &workspace.position, row_tile);
-            if (tile >= columns.first && tile < columns.last) run_tile(attention, &workspace, row_tile);
+        int64_t row_tile = next_row_tile(attention, &workspace.position, tile, 0);
+        for (; row_tile < row_tiles(attention); row_tile = next_row_tile(attention, &workspace.position, tile, row_tile + 1)) {
+            run_tile(attention, &workspace, item, row_tile);
         }
     }
     const int64_t stored = minimum(column_tile(attention), attention->seq_len_kv - workspace.first_column);
@@ -776,6 +821,7 @@ static void sum_weighted_gradients(const cpu_attention* attention, const head_po
     workspace.position = *position;
     workspace.first_row = first_row;
     workspace.rows = rows;
+    workspace.upcoming = (upcoming_tile){0};
     const int64_t statistic = (position->b * attention->num_heads + position->h) * attention->seq_len_q + first_row;
     load_rows_of_tile(attention, &workspace);
     for (int64_t row = 0; row < rows; row++) {

@@ -36,12 +36,12 @@ static void multiply_panel(const product* product, int64_t rows, int64_t depth, 
 }
 
 /* The dot products of the tile's queries with its keys, and of its output gradients with its values. */
-static void multiply_rows_of_tile(const cpu_attention* attention, const backward_workspace* workspace) {
+static void multiply_rows_of_tile(const cpu_attention* attention, backward_workspace* workspace) {
     const operands* operands = &workspace->operands;
     const product scores = {operands->query, workspace->pitch, operands->key_panels, workspace->weights};
     const product grad_weights = {workspace->grad_output, workspace->pitch_v, operands->value_panels, workspace->grad_scores};
-    multiply_by_panels(attention, workspace, &attention->query, attention->head_dim, &scores);
-    multiply_by_panels(attention, workspace, &attention->grad_output, attention->head_dim_v, &grad_weights);
+    multiply_by_panels(workspace, attention->head_dim, &scores, &workspace->upcoming.query);
+    multiply_by_panels(workspace, attention->head_dim_v, &grad_weights, &workspace->upcoming.grad_output);
 }
 
 /* Gradients of scores are multiplied as they are. */

@@ -234,14 +234,14 @@ static void multiply_panel(const product* product, int64_t rows, int64_t depth, 
 }
 
 /* The dot products of the tile's queries with its keys, and of its output gradients with its values. */
-static void multiply_rows_of_tile(const cpu_attention* attention, const backward_workspace* workspace) {
+static void multiply_rows_of_tile(const cpu_attention* attention, backward_workspace* workspace) {
     const operands* operands = &workspace->operands;
     const product scores = {operands->query,        workspace->pitch / 2, operands->key_panels,   workspace->weights,
                             operands->query_scales, operands->key_scales, operands->mean_products};
     const product grad_weights = {operands->grad_output,        workspace->pitch_v / 2, operands->value_panels, workspace->grad_scores,
                                   operands->grad_output_scales, operands->value_scales, operands->zeros};
-    multiply_by_panels(attention, workspace, &attention->query, attention->head_dim, &scores);
-    multiply_by_panels(attention, workspace, &attention->grad_output, attention->head_dim_v, &grad_weights);
+    multiply_by_panels(workspace, attention->head_dim, &scores, &workspace->upcoming.query);
+    multiply_by_panels(workspace, attention->head_dim_v, &grad_weights, &workspace->upcoming.grad_output);
 }
 
 /* ---- Gradients of scores as integers ------------------------------------------------------------------------------------------------- */
