@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import umfa
 from umfa.bench import BenchError, machine, plot
 from umfa.bench.ceilings import FLOATS, INTEGERS, READ, Ceilings
-from umfa.bench.groups import GROUPS, Plan, Row
+from umfa.bench.groups import GROUPS, Plan, Row, Session
 from umfa.bench.machine import Loss, MemoryPeak, UnreadableError, Usage
 from umfa.bench.memory import measure_memory
 from umfa.bench.native import NativeError, find_compiler, load
@@ -117,6 +117,7 @@ def test_calls_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_case_says_what_it_is() -> None:
     assert SQUARE.name == "2,48,16 causal"
+    assert dataclasses.replace(SQUARE, layout="bshd").name == "2,48,16 causal bshd"
     assert DECODE.name == "4/2,1:96,32"
     assert DECODE.is_decode
     assert not SQUARE.is_decode
@@ -145,6 +146,13 @@ def test_inputs_are_the_same_at_each_run() -> None:
     assert again is not first
     for name in Inputs._fields:
         np.testing.assert_array_equal(getattr(first, name), getattr(again, name))
+
+
+def test_a_layout_is_one_of_memory() -> None:
+    heads_first, tokens_first = inputs_of(SQUARE).query, inputs_of(dataclasses.replace(SQUARE, layout="bshd")).query
+    np.testing.assert_array_equal(heads_first, tokens_first)
+    assert heads_first.flags.c_contiguous
+    assert tokens_first.swapaxes(1, 2).flags.c_contiguous
 
 
 # ---- The machine
@@ -237,8 +245,12 @@ def test_what_does_not_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.filterwarnings("ignore")  # those of the engines
 @pytest.mark.parametrize("peer", all_peers(), ids=lambda peer: peer.name)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 @pytest.mark.parametrize("case", [SQUARE, DECODE, BACKWARD, dataclasses.replace(SQUARE, causal=False)], ids=lambda case: case.name)
-def test_every_engine_computes_the_same(peer: Peer, case: Case) -> None:
+def test_every_engine_computes_the_same(peer: Peer, case: Case, layout: str) -> None:
+    case = dataclasses.replace(case, layout=layout)
+    if layout not in peer.layouts:
+        pytest.skip(f"{peer.name} would copy operands of this layout")
     if reason := peer.why_missing():
         pytest.skip(reason)
     for variant in peer.variants(case):
@@ -413,9 +425,15 @@ def test_the_process_that_measures_memory_says_why_it_cannot() -> None:
 
 
 def test_plans_name_all_groups() -> None:
-    for plan in (Plan.full(), Plan.quick()):
+    for plan in (Plan.full(), Plan.quick(), Plan.full("bshd"), Plan.quick("bshd")):
         assert tuple(plan.cases) == GROUPS
         assert all(plan.cases.values())
+
+
+def test_engines_that_would_copy_a_layout_are_left_out() -> None:
+    session = Session(all_peers(), None, 1, Pace(1, 1.0))
+    for layout, engines in (("bhsd", {peer.name for peer in all_peers()}), ("bshd", {"umfa", "PyTorch"})):
+        assert {peer.name for peer, _ in session.chosen("forward", dataclasses.replace(SQUARE, layout=layout))} == engines
 
 
 # ---- The command
@@ -432,6 +450,7 @@ def command(*arguments: str) -> Any:
         (["--threads", "0"], "--threads"),
         (["--threads", "257"], "--threads"),
         (["--repeats", "0"], "--repeats"),
+        (["--layout", "sbhd"], "--layout"),
         (["--only", "no such row"], "no such row"),
         (["--json", "no/such/directory/figures.json"], "directory of the figures does not exist"),
     ],
@@ -463,7 +482,7 @@ def test_a_plot_without_matplotlib_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_command_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(Plan, "quick", classmethod(lambda cls: TINY))
+    monkeypatch.setattr(Plan, "quick", classmethod(lambda cls, layout: TINY))
     monkeypatch.setattr("umfa.bench.run.all_peers", lambda: [own()])
     monkeypatch.chdir(tmp_path)
     result = command("forward", "overhead", "--quick", "--json", "figures.json", "--plot", "plot.svg", "--repeats", "1")

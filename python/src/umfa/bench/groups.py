@@ -124,43 +124,43 @@ class Plan:
     pace: Pace
 
     @classmethod
-    def full(cls) -> Plan:
-        """What a run without options measures."""
+    def full(cls, layout: str = "bhsd") -> Plan:
+        """What a run without options measures, in a layout of `Case`."""
         sizes = ((12, 256, 32), (8, 1024, 64), (8, 2048, 128), (16, 4096, 128))
         return cls(
             {
-                "forward": _squares("forward", sizes, (False, True)),
-                "decode": tuple(_decode(tokens) for tokens in (4096, 32768)),
-                "backward": _squares("backward", sizes[1:3], (False, True)),
+                "forward": _squares("forward", sizes, (False, True), layout),
+                "decode": tuple(_decode(tokens, layout) for tokens in (4096, 32768)),
+                "backward": _squares("backward", sizes[1:3], (False, True), layout),
                 "overhead": _squares("forward", ((1, 1, 64),), (False,)),
-                "threads": _squares("forward", sizes[2:], (False,)),
-                "memory": _squares("forward", ((4, 16384, 128),), (True,)),
+                "threads": _squares("forward", sizes[2:], (False,), layout),
+                "memory": _squares("forward", ((4, 16384, 128),), (True,), layout),
             },
             Pace(rounds=15, seconds=1.5),
         )
 
     @classmethod
-    def quick(cls) -> Plan:
+    def quick(cls, layout: str = "bhsd") -> Plan:
         """Less of it, in half a minute."""
         return cls(
             {
-                "forward": _squares("forward", ((12, 256, 32), (8, 1024, 64)), (False, True)),
-                "decode": (_decode(4096),),
-                "backward": _squares("backward", ((8, 512, 64),), (False, True)),
+                "forward": _squares("forward", ((12, 256, 32), (8, 1024, 64)), (False, True), layout),
+                "decode": (_decode(4096, layout),),
+                "backward": _squares("backward", ((8, 512, 64),), (False, True), layout),
                 "overhead": _squares("forward", ((1, 1, 64),), (False,)),
-                "threads": _squares("forward", ((8, 1024, 64),), (False,)),
-                "memory": _squares("forward", ((4, 2048, 128),), (True,)),
+                "threads": _squares("forward", ((8, 1024, 64),), (False,), layout),
+                "memory": _squares("forward", ((4, 2048, 128),), (True,), layout),
             },
             Pace(rounds=5, seconds=0.15, least=3),
         )
 
 
-def _squares(operation: str, sizes: Sequence[tuple[int, int, int]], causal: tuple[bool, ...]) -> tuple[Case, ...]:
-    return tuple(Case.square(operation, *each, masked) for each in sizes for masked in causal)
+def _squares(operation: str, sizes: Sequence[tuple[int, int, int]], causal: tuple[bool, ...], layout: str = "bhsd") -> tuple[Case, ...]:
+    return tuple(Case.square(operation, *each, masked, layout) for each in sizes for masked in causal)
 
 
-def _decode(tokens: int) -> Case:
-    return Case("forward", heads=32, kv_heads=8, queries=1, keys=tokens, head_dim=128)
+def _decode(tokens: int, layout: str) -> Case:
+    return Case("forward", heads=32, kv_heads=8, queries=1, keys=tokens, head_dim=128, layout=layout)
 
 
 @dataclass
@@ -205,6 +205,8 @@ class Session:
 
 
 def _variants(group: str, case: Case, peer: Peer) -> tuple[str, ...]:
+    if case.layout not in peer.layouts:
+        return ()
     variants = peer.variants(case)
     if group == "threads":
         return tuple(variant for variant in variants if variant in _THREADED.get(peer.name, ()))

@@ -27,6 +27,8 @@ class Case:
         Its sizes.
     causal : bool
         Row i attends columns up to i.
+    layout : {"bhsd", "bshd"}
+        What follows what in memory: of each head its tokens, or of each token its heads.
     """
 
     operation: str
@@ -36,11 +38,12 @@ class Case:
     keys: int
     head_dim: int
     causal: bool = False
+    layout: str = "bhsd"
 
     @classmethod
-    def square(cls, operation: str, heads: int, tokens: int, head_dim: int, causal: bool = False) -> Case:
+    def square(cls, operation: str, heads: int, tokens: int, head_dim: int, causal: bool = False, layout: str = "bhsd") -> Case:
         """Self-attention: as many keys as queries, as many heads of either."""
-        return cls(operation, heads, heads, tokens, tokens, head_dim, causal)
+        return cls(operation, heads, heads, tokens, tokens, head_dim, causal, layout)
 
     @property
     def is_decode(self) -> bool:
@@ -49,10 +52,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Heads, tokens and head size, as tables show them."""
+        """Heads, tokens and head size, as tables show them; the layout where it is the rarer one."""
         heads = str(self.heads) if self.heads == self.kv_heads else f"{self.heads}/{self.kv_heads}"
         tokens = str(self.keys) if self.queries == self.keys else f"{self.queries}:{self.keys}"
-        return f"{heads},{tokens},{self.head_dim}{' causal' if self.causal else ''}"
+        layout = "" if self.layout == "bhsd" else f" {self.layout}"
+        return f"{heads},{tokens},{self.head_dim}{' causal' if self.causal else ''}{layout}"
 
     @property
     def work(self) -> int:
@@ -62,7 +66,7 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """Float32 arrays ``[1, heads, tokens, head_dim]``."""
+    """Float32 arrays ``[1, heads, tokens, head_dim]``, whose strides are those of the case's layout."""
 
     query: Array
     key: Array
@@ -87,6 +91,10 @@ def inputs_of(case: Case) -> Inputs:
     generator = np.random.default_rng(0)
     query, grad_output = (generator.standard_normal((1, case.heads, case.queries, case.head_dim), np.float32) for _ in range(2))
     key, value = (generator.standard_normal((1, case.kv_heads, case.keys, case.head_dim), np.float32) for _ in range(2))
+    if case.layout == "bshd":
+        query, key, value, grad_output = (
+            np.ascontiguousarray(array.swapaxes(1, 2)).swapaxes(1, 2) for array in (query, key, value, grad_output)
+        )
     for array in (query, key, value, grad_output):
         array.flags.writeable = False
     return Inputs(query, key, value, grad_output)

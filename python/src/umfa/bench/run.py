@@ -113,6 +113,7 @@ def run(
     rounds: int | None = None,
     quick: bool = False,
     only: str = "",
+    layout: str = "bhsd",
     plan: Plan | None = None,
     peers: Sequence[Peer] | None = None,
     progress: Callable[[int, str, int], Any] | None = None,
@@ -131,6 +132,8 @@ def run(
         Fewer and smaller cases.
     only : str
         See `Session`.
+    layout : {"bhsd", "bshd"}
+        Of the operands of all groups but ``overhead``: see `Case`. Engines that would copy them are left out.
     plan : Plan, optional
         Other cases than those of `Plan.full` and `Plan.quick`.
     peers : sequence of Peer, optional
@@ -150,7 +153,7 @@ def run(
     """
     start, started, before = time.perf_counter(), timestamp(), Usage.now()
     if plan is None:
-        plan = Plan.quick() if quick else Plan.full()
+        plan = Plan.quick(layout) if quick else Plan.full(layout)
     pace = plan.pace if rounds is None else Pace(rounds, _WITHOUT_LIMIT, plan.pace.least)
     wanted = [name for name in GROUPS if name in plan.cases and (not groups or name in groups)]
     candidates = tuple(all_peers() if peers is None else peers)

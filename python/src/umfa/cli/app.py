@@ -215,6 +215,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer and smaller cases, in half a minute.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw a plot; the ending chooses the format.")] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="What follows what in memory: of each head its tokens (bhsd), or of each token its heads (bshd).")
+    ] = Layout.BHSD,
     only: Annotated[
         str, typer.Option(help="Only rows whose group, case, engine and type contain this, such as '8,1024,64 causal' or 'umfa int8'.")
     ] = "",
@@ -231,6 +234,7 @@ def bench(
             repeats=repeats,
             quick=quick,
             only=only,
+            layout=layout.value,
             json_path=json_path,
             plot_path=plot,
         )

@@ -29,6 +29,7 @@ def bench(
     repeats: int | None,
     quick: bool,
     only: str,
+    layout: str,
     json_path: Path | None,
     plot_path: Path | None,
 ) -> None:
@@ -40,7 +41,7 @@ def bench(
         Where to print.
     progress_bar : callable
         Makes the bar, see `ProgressBar`.
-    groups, threads, quick, only
+    groups, threads, quick, only, layout
         See `umfa.bench.run.run`.
     repeats : int, optional
         Its `rounds`.
@@ -58,7 +59,7 @@ def bench(
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise BenchError(f"The directory of the figures does not exist: {json_path.absolute().parent}")
     with progress_bar(console, "measuring", 1) as advance:
-        result = run(groups, threads=threads, rounds=repeats, quick=quick, only=only, progress=advance)
+        result = run(groups, threads=threads, rounds=repeats, quick=quick, only=only, layout=layout, progress=advance)
     console.print(render(result), highlight=False)
     try:
         if plot_path is not None:

@@ -56,6 +56,8 @@ class Peer:
         for it.
     prepare : callable
         ``prepare(case, variant, threads)``: a `Prepared`. What it raises is shown as the reason why there is no figure.
+    layouts : tuple of str
+        Those of `Case` that it reads without a copy of its own.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Peer:
     packages: tuple[str, ...]
     variants: Callable[[Case], tuple[str, ...]]
     prepare: Callable[[Case, str, int], Prepared]
+    layouts: tuple[str, ...] = ("bhsd",)
 
     def why_missing(self) -> str:
         """Why the engine cannot be used here; empty if it can."""

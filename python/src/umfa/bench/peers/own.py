@@ -15,7 +15,6 @@ from umfa.bench.problem import Array, Case, inputs_of
 
 __all__ = ["PEER"]
 
-_LAYOUT = "bhsd"
 _NAMES = ("q", "k", "v", "mask")
 _FORWARD = ("fp32", "fp16", "bf16", "int8", "int8 from fp32", "int4 K, V", "int4 from fp32")
 _DECODE = ("fp32", "fp16", "bf16", "int8 K, V", "int8 K, V and query", "int4 K, V", "int4 K, V, int8 query")
@@ -39,17 +38,23 @@ def _floats(array: Array, precision: str) -> Array:
     return array.astype({"fp32": np.float32, "fp16": np.float16}[precision])
 
 
+def _laid_out(case: Case, array: Array) -> Array:
+    """An array ``[1, heads, tokens, head_dim]`` with its axes in the order of the case's layout, or back again."""
+    return array.swapaxes(1, 2) if case.layout == "bshd" else array
+
+
 def _operands(case: Case, variant: str, context: umfa.MFAContext) -> tuple[Any, Any, Any, str | None]:
     """Query, key and value of a variant, and what `quantize=` is."""
-    query, key, value, _ = inputs_of(case)
+    query, key, value = (_laid_out(case, array) for array in inputs_of(case)[:3])
     codes = variant[:4]
+    options: dict[str, Any] = {"layout": case.layout, "context": context}
     if variant.endswith("from fp32"):
         return query, key, value, codes
     if codes in ("int8", "int4"):
-        keys, values = (umfa.quantize(array, codes, context=context) for array in (key, value))
+        keys, values = (umfa.quantize(array, codes, **options) for array in (key, value))
         if case.is_decode:
             return query, keys, values, codes if "query" in variant else None
-        return umfa.quantize(query, "int8", context=context), keys, values, None
+        return umfa.quantize(query, "int8", **options), keys, values, None
     return _floats(query, variant), _floats(key, variant), _floats(value, variant), None
 
 
@@ -60,9 +65,9 @@ def _kernel_names(
     workspace = _Workspace()
     is_backward = case.operation == "backward"
     options = _Options(None, case.causal, None, None, 0.0, None, None, None, None, 0.0, None, 0, quantize)
-    problem = _prepare("umfa.bench", workspace, *operands, _LAYOUT, options, is_backward, _NAMES)
+    problem = _prepare("umfa.bench", workspace, *operands, case.layout, options, is_backward, _NAMES)
     view = view_of("umfa.bench", "out", output)
-    _set(workspace.output, view, _LAYOUT)
+    _set(workspace.output, view, case.layout)
     if lse is not None:
         statistics = view_of("umfa.bench", "lse", lse)
         workspace.attention.logsumexp = statistics.pointer
@@ -82,21 +87,26 @@ def _prepare_case(case: Case, variant: str, threads: int) -> Prepared:
     cache_bytes = key.nbytes + value.nbytes
 
     def forward() -> Any:
-        return umfa.attention(query, key, value, causal=case.causal, quantize=quantize, context=context)
+        return umfa.attention(query, key, value, causal=case.causal, quantize=quantize, layout=case.layout, context=context)
 
     if case.operation == "forward":
-        output = np.empty((1, case.heads, case.queries, case.head_dim), query.dtype if isinstance(query, np.ndarray) else np.float32)
+        output = np.empty_like(_laid_out(case, inputs_of(case).query), query.dtype if isinstance(query, np.ndarray) else np.float32)
         kernels = _kernel_names(context, case, (query, key, value), quantize, output, None)
-        return Prepared(forward, lambda result: (np.asarray(result, np.float32),), kernels, cache_bytes)
+        return Prepared(forward, lambda result: (_laid_out(case, np.asarray(result, np.float32)),), kernels, cache_bytes)
 
-    output, lse = umfa.attention(query, key, value, causal=case.causal, return_lse=True, context=context)
-    grad_output = inputs_of(case).grad_output.astype(output.dtype)
+    output, lse = umfa.attention(query, key, value, causal=case.causal, return_lse=True, layout=case.layout, context=context)
+    grad_output = _laid_out(case, inputs_of(case).grad_output).astype(output.dtype)
 
     def backward() -> Any:
-        return umfa.attention_backward(grad_output, query, key, value, output, lse, causal=case.causal, context=context)
+        options: dict[str, Any] = {"causal": case.causal, "layout": case.layout, "context": context}
+        return umfa.attention_backward(grad_output, query, key, value, output, lse, **options)
 
     kernels = _kernel_names(context, case, (query, key, value), quantize, output, lse)
-    return Prepared(backward, lambda result: tuple(np.asarray(gradient, np.float32) for gradient in result), kernels, cache_bytes)
+
+    def result_of(gradients: Any) -> tuple[Array, ...]:
+        return tuple(_laid_out(case, np.asarray(gradient, np.float32)) for gradient in gradients)
+
+    return Prepared(backward, result_of, kernels, cache_bytes)
 
 
-PEER = Peer("umfa", (), (), _variants, _prepare_case)
+PEER = Peer("umfa", (), (), _variants, _prepare_case, ("bhsd", "bshd"))

@@ -26,9 +26,9 @@ def _prepare(case: Case, variant: str, threads: int) -> Prepared:
     import torch
 
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[variant[:4]]
-    query, key, value, grad_output = (torch.tensor(array).to(dtype) for array in inputs_of(case))
+    query, key, value, grad_output = (torch.from_numpy(array.copy("K")).to(dtype) for array in inputs_of(case))  # strides stay
     # Query heads that share keys become rows of one head: how a careful user helps an engine that does not see that by itself.
-    rows = query.view(1, case.kv_heads, -1, case.head_dim) if variant == _HEADS_AS_ROWS else query
+    rows = query.reshape(1, case.kv_heads, -1, case.head_dim) if variant == _HEADS_AS_ROWS else query
     options: dict[str, Any] = {"is_causal": case.causal}
     if case.heads != case.kv_heads and variant != _HEADS_AS_ROWS:
         options["enable_gqa"] = True
@@ -46,7 +46,7 @@ def _prepare(case: Case, variant: str, threads: int) -> Prepared:
 
     cache_bytes = key.nbytes + value.nbytes
     if case.operation == "forward":
-        return Prepared(forward, lambda result: (result.view(query.shape).float().numpy(),), cache_bytes=cache_bytes)
+        return Prepared(forward, lambda result: (result.reshape(query.shape).float().numpy(),), cache_bytes=cache_bytes)
 
     operands = tuple(tensor.requires_grad_() for tensor in (query, key, value))
     set_threads()
@@ -59,4 +59,4 @@ def _prepare(case: Case, variant: str, threads: int) -> Prepared:
     return Prepared(backward, lambda result: tuple(gradient.float().numpy() for gradient in result), cache_bytes=cache_bytes)
 
 
-PEER = Peer("PyTorch", ("torch",), ("torch",), _variants, _prepare)
+PEER = Peer("PyTorch", ("torch",), ("torch",), _variants, _prepare, ("bhsd", "bshd"))
