@@ -168,6 +168,23 @@ def drawn(rng: np.random.Generator, number: int, work: int) -> suite.Case:
     return case
 
 
+def many_heads() -> tuple[suite.Case, ...]:
+    """Decoding with so many heads side by side that rows share cache sets, which kernels copy: of head sizes that end within a vector."""
+    made = []
+    for number, (channels, key, value) in enumerate(
+        (channels, *types)
+        for channels in (8, 16, 24, 32, 40, 48, 96)
+        for types in (("int8", "float32"), ("float16", "int8"), ("int4", "float32"), ("int8", "int8"), ("int4", "int8"), ("float16",) * 2)
+    ):
+        case: suite.Case = {
+            "id": f"many heads/{number}", "operation": "forward", "input_seed": 5000 + number, "status": 0, "layout": "bshd",
+            "batch_size": 1, "num_heads": 64, "num_kv_heads": 64, "seq_len_q": 1, "seq_len_kv": 70, "head_dim": channels,
+            "head_dim_v": channels, "softmax_scale": 0.25, "query": "float32", "key": key, "value": value, "output": "float32",
+        }  # fmt: skip
+        made.append(case | {f"{name}_granularity": "token" for name in ("key", "value") if case[name] in ("int8", "int4")})
+    return tuple(made)
+
+
 # ---- Tests -------------------------------------------------------------------------------------------------------------------------------
 
 # "kept" and "gaps" have what is last in a tensor last in memory, and gaps end before the keys past the lengths.
@@ -202,8 +219,8 @@ def test_each_backend__buffers_between_forbidden_pages__gives_the_same_bytes(bac
 
 
 def everything() -> tuple[suite.Case, ...]:
-    """The cases of the conformance suite, and those of the sweep."""
-    return suite.cases() + sweep(figures.pick(200, 500), figures.pick(1 << 19, 1 << 21))
+    """The cases of the conformance suite, those of the sweep, and those of many heads."""
+    return suite.cases() + sweep(figures.pick(200, 500), figures.pick(1 << 19, 1 << 21)) + many_heads()
 
 
 def test_guarded_calls__every_case_of_the_sweep__is_one_that_the_library_accepts():

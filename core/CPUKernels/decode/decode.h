@@ -133,12 +133,16 @@ INLINE partial_row* next_partial(const cpu_attention* attention, partial_row* pa
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
+/* Whether each row lies beside that of the next head, and is read there. */
+static bool lies_beside_next_head(const cpu_tensor* tensor, int64_t channels) {
+    return tensor->strides[1] == channels && tensor->strides[1] < tensor->strides[2] && stays_in_place(tensor, channels);
+}
+
 /* Heads of keys in an item: some, where each row lies beside that of the next head, for memory is read best in long runs. */
 static int64_t heads_of_item(const cpu_attention* attention) {
     enum { ITEMS_PER_THREAD = 4 };
-    const cpu_tensor *key = &attention->key, *value = &attention->value;
-    if (key->strides[1] != attention->head_dim || value->strides[1] != attention->head_dim_v || key->strides[1] >= key->strides[2])
-        return 1;
+    if (!lies_beside_next_head(&attention->key, attention->head_dim)) return 1;
+    if (!lies_beside_next_head(&attention->value, attention->head_dim_v)) return 1;
     int64_t heads = minimum(attention->num_kv_heads, MOST_HEADS);
     const int64_t others = attention->batch_size * part_count(attention), threads = attention->threads;
     while (threads > 1 && heads > 1 && others * divide_up(attention->num_kv_heads, heads) < ITEMS_PER_THREAD * threads) heads /= 2;
@@ -199,7 +203,7 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     return cursor.used;
 }
 
-/* The workspace of head n of an item. */
+/* The workspace of head n of an item. What is of a block, its scales too, is shared by all heads: it is filled in anew for each. */
 static decode_workspace select_head(const cpu_attention* attention, const decode_workspace* item, int64_t n) {
     decode_workspace selected = *item;
     const int64_t first = n * group_rows(attention);
@@ -554,30 +558,30 @@ static void open_head(const cpu_attention* attention, decoded_head* head) {
     load_queries(attention, at, &head->workspace);
 }
 
-/* Rows that are fetched while a block is computed with: values first, then keys. */
+/* Rows that are fetched while a block is computed with. */
 typedef struct {
-    row_stream values, keys;
+    row_stream with_keys, with_values; /* while keys are multiplied, and while values are */
 } rows_to_fetch;
 
 /* For head n of `count`. Of one head, the block's own values and the keys of the next block, which begins at `next` and ends before
- * `last_key`; of several, a share of all that they need of the next block, which is much. */
+ * `last_fetched`; of several, a share of all that they need of the next block, which is much. */
 static rows_to_fetch find_rows_to_fetch(const cpu_attention* attention, const decoded_head* heads, int64_t n, int64_t count, int64_t column,
-                                        int64_t columns, int64_t last_key) {
+                                        int64_t columns, int64_t last_fetched) {
     const operand *key = &heads[0].workspace.key, *value = &heads[0].workspace.value;
-    const int64_t together = minimum(group_rows(attention), ROWS), next = column + BLOCK_KEYS,
-                  next_columns = minimum(BLOCK_KEYS, last_key - next);
+    const int64_t together = minimum(group_rows(attention), ROWS);
+    const int64_t next = column + BLOCK_KEYS, next_columns = minimum(BLOCK_KEYS, last_fetched - next);
     const int64_t value_goes = divide_up(columns, KEYS_AT_ONCE(together));
     const int64_t key_goes = divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(value->padded / SLICE, SLICES_AT_ONCE(together));
     if (count == 1) {
         return (rows_to_fetch){
-            .values = stream_operand(value, 1, column, columns, value_goes),
-            .keys = stream_operand(key, 1, next, next_columns, key_goes),
+            .with_keys = stream_operand(value, 1, column, columns, value_goes),
+            .with_values = stream_operand(key, 1, next, next_columns, key_goes),
         };
     }
     const int64_t first = next_columns * n / count, rows = next_columns * (n + 1) / count - first;
     return (rows_to_fetch){
-        .values = stream_operand(value, count, next + first, rows, value_goes),
-        .keys = stream_operand(key, count, next + first, rows, key_goes),
+        .with_keys = stream_operand(value, count, next + first, rows, value_goes),
+        .with_values = stream_operand(key, count, next + first, rows, key_goes),
     };
 }
 
@@ -592,13 +596,13 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
     gather_block(key);
     for (int64_t row = 0; row < rows; row += ROWS) {
         multiply_key_block(key, minimum(ROWS, rows - row), workspace->query + row * key->padded, workspace->scores + row * BLOCK_KEYS,
-                           &fetched.values);
+                           &fetched.with_keys);
     }
     for (int64_t row = 0; row < rows; row++) {
         if (workspace->attended[row]) weigh_block(attention, &head->at, row, column, workspace);
     }
     gather_block(value);
-    for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.keys, workspace);
+    for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.with_values, workspace);
 }
 
 static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {
@@ -619,11 +623,13 @@ static void decode_run(const cpu_attention* attention, int64_t item, void* memor
     range.first = maximum(range.first / BLOCK_KEYS * BLOCK_KEYS, part * PART_KEYS);
     const int64_t last_key = minimum(range.last, heads[0].at.keys);
     range.last = minimum(last_key, (part + 1) * PART_KEYS);
+    const int64_t last_fetched = attention->threads == 1 ? last_key : range.last; /* the next part is the next item */
     for (int64_t n = 0; n < count && range.first < range.last; n++) open_head(attention, &heads[n]);
     for (int64_t column = range.first; column < range.last; column += BLOCK_KEYS) {
         const int64_t columns = minimum(BLOCK_KEYS, range.last - column);
         for (int64_t n = 0; n < count; n++) {
-            attend_block(attention, &heads[n], column, columns, find_rows_to_fetch(attention, heads, n, count, column, columns, last_key));
+            attend_block(attention, &heads[n], column, columns,
+                         find_rows_to_fetch(attention, heads, n, count, column, columns, last_fetched));
         }
     }
 

@@ -51,12 +51,10 @@ static void take_operand(workspace_cursor* cursor, const cpu_tensor* tensor, int
     operand->zero_points = workspace_take_reals(cursor, BLOCK_KEYS);
 }
 
-/* Whether a block's rows leave so many cache sets unused between them that they need more than half the ways of the others. Such are those of
- * heads side by side, if there are two, four, eight ... of them. */
-static bool rows_conflict(const cpu_tensor* tensor, int64_t channels) {
-    enum { PAGE = 4096, WAYS = 8 }; /* of the first-level cache; what is PAGE apart shares a set */
-    const int64_t stride = row_stride_bytes(tensor), apart = stride == 0 ? PAGE : stride & -stride;
-    return apart > row_bytes(tensor->precision, channels) && BLOCK_KEYS * minimum(apart, PAGE) / PAGE > WAYS / 2;
+/* Whether rows can be read where they lie: if they are not dequantised, their channels neighbours and whole steps. */
+INLINE bool stays_in_place(const cpu_tensor* tensor, int64_t channels) {
+    return multiplied_precision(tensor) == tensor->precision && tensor->strides[3] == 1 &&
+           channels == padded_channels(tensor->precision, channels);
 }
 
 static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int64_t channels, operand* operand) {
@@ -68,8 +66,8 @@ static void place_operand(const cpu_tensor* tensor, int64_t b, int64_t head, int
     operand->padded = padded_channels(operand->precision, channels);
     operand->steps = operand->padded / CHANNEL_STEP(operand->precision);
     operand->dequantized = operand->precision != tensor->precision;
-    operand->in_place = !operand->dequantized && tensor->strides[3] == 1 && channels == operand->padded;
-    operand->conflicting = operand->in_place && rows_conflict(tensor, channels);
+    operand->in_place = stays_in_place(tensor, channels);
+    operand->conflicting = operand->in_place && rows_conflict(tensor, channels, BLOCK_KEYS);
     const bool has_row_scales = has_codes(tensor) && !operand->dequantized && !has_channel_scales(tensor);
     operand->scaled = has_row_scales && tensor->scales;
     operand->shifted = has_row_scales && tensor->zero_points;
@@ -140,9 +138,10 @@ static void gather_block(operand* operand) {
     const int64_t bytes = row_bytes(operand->precision, operand->padded);
     for (int64_t k = 0; k < operand->columns; k++) {
         const char* row = operand->rows + k * operand->stride;
-        for (int64_t byte = 0; byte < bytes; byte += (int64_t)sizeof(slice)) {
-            slice_store((float*)(operand->copies + k * bytes + byte), slice_load((const float*)(row + byte)));
-        }
+        char* copy = operand->copies + k * bytes;
+        int64_t byte = 0;
+        for (; byte + (int64_t)sizeof(slice) <= bytes; byte += (int64_t)sizeof(slice)) memcpy(copy + byte, row + byte, sizeof(slice));
+        for (; byte < bytes; byte += SLICE) memcpy(copy + byte, row + byte, SLICE); /* a step of codes is one slice of bytes, or more */
     }
     operand->rows = operand->copies;
     operand->stride = bytes;

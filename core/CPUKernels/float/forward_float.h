@@ -148,6 +148,11 @@ static bool block_is_finite(const real* block, int64_t pitch, int64_t columns, i
     return !vector_any(probe != 0);
 }
 
+/* Keys are read by rows, for each panel anew. */
+static bool keys_stay(const cpu_attention* attention) {
+    return has_aligned_float_rows(&attention->key) && !rows_conflict(&attention->key, attention->head_dim, TILE_COLUMNS);
+}
+
 /* Values are read by columns: theirs must not share cache sets. */
 static bool values_stay(const cpu_attention* attention) {
     enum { CLOSE = 32 };
@@ -160,7 +165,7 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
     const cpu_tensor key = score_operand(&attention->key), *value = &attention->value;
     column_block* block = &item->block;
     const int64_t head_dim_v = attention->head_dim_v;
-    if (has_aligned_float_rows(&attention->key)) { /* each is read from its start to its end, so that cache sets do not matter */
+    if (keys_stay(attention)) {
         block->key = (const real*)key.data + row_offset(&key, at->b, at->kv_head, first_column);
         block->key_pitch = key.strides[2];
     } else {

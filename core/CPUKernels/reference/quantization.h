@@ -114,14 +114,16 @@ typedef struct token_rows {
     int64_t pitch;
 } token_rows;
 
-/* Asks for the tokens from `first` on that are the next to be read. With other heads between them, each lies on a page of its own. */
-static void prefetch_tokens(const quantization_item* item, int64_t first) {
-    enum { CACHE_LINE = 64 };
+/* Asks for as many tokens as are in hand, those TOKENS_AT_ONCE behind them. With other heads between them, each lies on a page of its own. */
+static void prefetch_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_tensor* input = &item->quantization->input;
-    const int64_t size = element_bytes(input->precision), count = input->strides[3] == 1 ? tokens_together(item, first) : 0;
-    for (int64_t s = first; s < first + count; ++s) {
+    const int64_t size = element_bytes(input->precision);
+    if (input->strides[3] != 1) {
+        return;
+    }
+    for (int64_t s = first + TOKENS_AT_ONCE; s < first + TOKENS_AT_ONCE + count && s < item->tokens; ++s) {
         const char* row = (const char*)input->data + row_offset(input, item->b, item->h, s) * size;
-        for (const char* line = row - (uintptr_t)row % CACHE_LINE; line < row + item->channels * size; line += CACHE_LINE) {
+        for (const char* line = line_of(row); line < row + item->channels * size; line += CACHE_LINE) {
             __builtin_prefetch(line);
         }
     }
@@ -131,7 +133,7 @@ static void prefetch_tokens(const quantization_item* item, int64_t first) {
 static void load_rotated_tokens(const quantization_item* item, int64_t first, int64_t count, float* rows) {
     const cpu_quantization* quantization = item->quantization;
     const int64_t channels = item->channels;
-    prefetch_tokens(item, first + count);
+    prefetch_tokens(item, first, count);
     if (!quantization->output.rotated) {
         load_rows_float(&quantization->input, item->b, item->h, first, count, channels, rows, channels);
         return;
@@ -172,7 +174,7 @@ static token_rows find_tokens(const quantization_item* item, int64_t first, int6
     const cpu_quantization* quantization = item->quantization;
     const cpu_tensor* input = &quantization->input;
     if (has_aligned_float_rows(input) && !quantization->output.rotated && item->means == NULL) {
-        prefetch_tokens(item, first + count);
+        prefetch_tokens(item, first, count);
         return (token_rows){(const float*)input->data + row_offset(input, item->b, item->h, first), input->strides[2]};
     }
     load_tokens(item, first, count);

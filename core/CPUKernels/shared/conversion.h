@@ -344,6 +344,13 @@ static inline void load_quantized_row(const cpu_tensor* tensor, int64_t b, int64
 
 /* ---- Rows ---------------------------------------------------------------------------------------------------------------------------- */
 
+enum { CACHE_LINE = 64 };
+
+/* The cache line that holds a byte. */
+static inline const char* line_of(const char* byte) {
+    return byte - (uintptr_t)byte % CACHE_LINE;
+}
+
 /* Of INT4, the bytes of two. */
 static inline int64_t element_bytes(cpu_precision precision) {
     switch (precision) {

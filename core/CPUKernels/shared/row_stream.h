@@ -2,8 +2,6 @@
  * follows on a page, but not rows that lie pages apart, as they do with other heads between them. And they drop what is asked of them when
  * too much is: some twenty lines at once (Zen 3). */
 
-enum { CACHE_LINE = 64 };
-
 /* Bytes of `channels` channels. */
 INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
     return precision == CPU_INT4 ? divide_up(channels, 2) : channels * element_bytes(precision);
@@ -19,6 +17,14 @@ INLINE const char* row_in_memory(const cpu_tensor* tensor, int64_t b, int64_t h,
     return (const char*)tensor->data + row_offset(tensor, b, h, s) * row_bytes(tensor->precision, 2) / 2;
 }
 
+/* Whether so many rows leave so many cache sets unused between them that they need more than half the ways of the others. Such are those of heads
+ * side by side whose bytes together are a multiple of a high power of two. */
+static bool rows_conflict(const cpu_tensor* tensor, int64_t channels, int64_t rows) {
+    enum { PAGE = 4096, WAYS = 8 }; /* of the first-level cache; what is PAGE apart shares a set */
+    const int64_t stride = row_stride_bytes(tensor), apart = stride & -stride;
+    return apart > row_bytes(tensor->precision, channels) && rows * minimum(apart, PAGE) / PAGE > WAYS / 2;
+}
+
 /* Rows that follow one another are one. Where they are many bytes, a line of each run of rows is fetched before the next of each: with several
  * pages open, memory is read up to 1.4 times as fast (Zen 3). */
 typedef struct {
@@ -30,11 +36,6 @@ typedef struct {
 } row_stream;
 
 enum { RUN_BYTES = 4096 };
-
-/* The line that holds a byte. */
-INLINE const char* line_of(const char* byte) {
-    return byte - (uintptr_t)byte % CACHE_LINE;
-}
 
 /* Rows first ..< first + rows, to be fetched in `times` goes from `runs` places side by side, if that many rows can be so divided. */
 static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t channels, int64_t first, int64_t rows, int64_t times,
@@ -66,9 +67,11 @@ INLINE void fetch_line(const row_stream* stream, const int most_runs, const char
     for (int run = 1; run < most_runs; run++) __builtin_prefetch(line + run * stream->run_stride);
 }
 
-/* `most_runs`: what stream_rows() was given as `runs`. */
+/* Nothing of an empty stream. `most_runs`: what stream_rows() was given as `runs`. */
 INLINE void fetch_lines(row_stream* stream, const int most_runs) {
-    const char *line = stream->line, *end = stream->row + stream->bytes;
+    const char* line = stream->line;
+    if (!line) return;
+    const char* end = stream->row + stream->bytes;
     const int64_t bytes = stream->lines_at_once * CACHE_LINE;
     if (end - line >= bytes) { /* of one row, or of rows that follow one another */
         stream->line = line + bytes;
@@ -96,7 +99,7 @@ typedef struct {
 } upcoming_rows;
 
 INLINE void fetch_upcoming(upcoming_rows* upcoming) {
-    if (upcoming->key.line) fetch_lines(&upcoming->key, 1);
-    if (upcoming->value.line) fetch_lines(&upcoming->value, 1);
-    if (upcoming->query.line) fetch_lines(&upcoming->query, 1);
+    fetch_lines(&upcoming->key, 1);
+    fetch_lines(&upcoming->value, 1);
+    fetch_lines(&upcoming->query, 1);
 }
