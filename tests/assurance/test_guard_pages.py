@@ -218,6 +218,12 @@ def test_each_backend__buffers_between_forbidden_pages__gives_the_same_bytes(bac
     assert int(counted[3]) <= sum(case["status"] != 0 for case in cases), "calls that the library accepts were left as they are"
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cpu, float kernels"])
+def test_many_heads__a_forbidden_page_behind_the_last_one__gives_the_same_bytes(backend):
+    found, _ = guarded(backend, many_heads(), "end", "kept")
+    assert found == plain(backend, tuple(json.dumps(case) for case in many_heads()))
+
+
 def everything() -> tuple[suite.Case, ...]:
     """The cases of the conformance suite, those of the sweep, and those of many heads."""
     return suite.cases() + sweep(figures.pick(200, 500), figures.pick(1 << 19, 1 << 21)) + many_heads()
