@@ -1,6 +1,6 @@
 /* Rows that will be needed, to be fetched a few cache lines at a time while others are computed with. Processors fetch by themselves what
- * follows on a page, but not rows that lie pages apart, as they do with other heads between them. And they drop what is asked of them when
- * too much is: some twenty lines at once (Zen 3). */
+ * follows on a page, but not rows that lie pages apart, as they do with other heads between them. And of what is asked of them in long bursts
+ * they drop most (Zen 3). */
 
 /* Bytes of `channels` channels. */
 INLINE int64_t row_bytes(cpu_precision precision, int64_t channels) {
@@ -17,8 +17,8 @@ INLINE const char* row_in_memory(const cpu_tensor* tensor, int64_t b, int64_t h,
     return (const char*)tensor->data + row_offset(tensor, b, h, s) * row_bytes(tensor->precision, 2) / 2;
 }
 
-/* Whether so many rows leave so many cache sets unused between them that they need more than half the ways of the others. Such are those of heads
- * side by side whose bytes together are a multiple of a high power of two. */
+/* Whether so many rows leave so many cache sets unused between them that they need more than half the ways of the others. Such are those of
+ * heads side by side whose bytes together are a multiple of a high power of two. */
 static bool rows_conflict(const cpu_tensor* tensor, int64_t channels, int64_t rows) {
     enum { PAGE = 4096, WAYS = 8 }; /* of the first-level cache; what is PAGE apart shares a set */
     const int64_t stride = row_stride_bytes(tensor), apart = stride & -stride;
