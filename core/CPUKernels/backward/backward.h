@@ -618,7 +618,7 @@ static void multiply_by_panels(const backward_workspace* workspace, int64_t chan
             const int64_t last = minimum(attended.last, group + GROUP);
             for (int64_t column = maximum(attended.first / PANEL * PANEL, group); column < last; column += PANEL) {
                 multiply_panel(product, count, divide_up(channels, IN_ELEMENT), row, column, workspace->column_pitch);
-                fetch_lines(upcoming, 1);
+                fetch_lines(upcoming);
             }
         }
     }
@@ -639,8 +639,8 @@ static void multiply_by_keys(const cpu_attention* attention, backward_workspace*
                 count = block_rows(end - row);
                 const span columns = columns_of_block(workspace, row, count);
                 multiply_key_rows(workspace, count, row, columns.first, columns.last, channel);
-                fetch_lines(&workspace->upcoming.key, 1);
-                fetch_lines(&workspace->upcoming.value, 1);
+                fetch_lines(&workspace->upcoming.key);
+                fetch_lines(&workspace->upcoming.value);
             }
         }
     }
@@ -678,8 +678,8 @@ static int64_t next_row_tile(const cpu_attention* attention, const head_position
     return row_tile;
 }
 
-/* What follows a tile of rows of the head at the workspace's position: the head's next one, or the first one of the next head that shares the
- * keys, or of the item that this thread takes next if all take as long. */
+/* What follows a tile of rows of the head at the workspace's position: the head's `row_tile`, or behind its last one the first of the next head
+ * that shares the keys, or of the item that this thread takes next if all take as long. */
 static upcoming_tile find_upcoming_tile(const cpu_attention* attention, const backward_workspace* workspace, int64_t item,
                                         int64_t row_tile) {
     upcoming_tile upcoming = {0};
@@ -688,7 +688,6 @@ static upcoming_tile find_upcoming_tile(const cpu_attention* attention, const ba
     const int64_t blocks = divide_up(workspace->rows, block_rows(workspace->rows));
     const int64_t column_panels = divide_up(workspace->columns, PANEL), channel_panels = divide_up(attention->head_dim, PANEL);
     int64_t tile = item / kv_head_count(attention);
-    row_tile = next_row_tile(attention, &at, tile, row_tile + 1);
     if (row_tile == row_tiles(attention) && (at.h + 1) % group != 0) {
         at = locate_head(attention, at.b, at.h + 1);
         row_tile = next_row_tile(attention, &at, tile, 0);
@@ -700,17 +699,17 @@ static upcoming_tile find_upcoming_tile(const cpu_attention* attention, const ba
         row_tile = next_row_tile(attention, &at, tile, 0);
         const int64_t column = tile * column_tile(attention), columns = minimum(column_tile(attention), at.keys - column);
         const int64_t times = blocks * channel_panels;
-        upcoming.key = stream_rows(&attention->key, at.b, at.kv_head, attention->head_dim, column, columns, times, 1);
-        upcoming.value = stream_rows(&attention->value, at.b, at.kv_head, attention->head_dim_v, column, columns, times, 1);
+        upcoming.key = stream_rows(&attention->key, at.b, at.kv_head, attention->head_dim, column, columns, times);
+        upcoming.value = stream_rows(&attention->value, at.b, at.kv_head, attention->head_dim_v, column, columns, times);
     }
     const int64_t row = row_tile * ROW_TILE, rows = minimum(ROW_TILE, attention->seq_len_q - row), times = blocks * column_panels;
-    upcoming.query = stream_rows(&attention->query, at.b, at.h, attention->head_dim, row, rows, times, 1);
-    upcoming.grad_output = stream_rows(&attention->grad_output, at.b, at.h, attention->head_dim_v, row, rows, times, 1);
+    upcoming.query = stream_rows(&attention->query, at.b, at.h, attention->head_dim, row, rows, times);
+    upcoming.grad_output = stream_rows(&attention->grad_output, at.b, at.h, attention->head_dim_v, row, rows, times);
     return upcoming;
 }
 
-/* One tile of rows of the head at the workspace's position, against the item's columns. */
-static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t item, int64_t row_tile) {
+/* One tile of rows of the head at the workspace's position, against the item's columns. `next`: the head's next one. */
+static void run_tile(const cpu_attention* attention, backward_workspace* workspace, int64_t item, int64_t row_tile, int64_t next) {
     const int64_t head_dim_v = attention->head_dim_v, pitch_v = workspace->pitch_v;
     const bool wants_query = attention->grad_query.data != NULL;
     workspace->first_row = row_tile * ROW_TILE;
@@ -721,7 +720,7 @@ static void run_tile(const cpu_attention* attention, backward_workspace* workspa
     }
     load_statistics(attention, workspace);
     load_rows_of_tile(attention, workspace);
-    workspace->upcoming = find_upcoming_tile(attention, workspace, item, row_tile);
+    workspace->upcoming = find_upcoming_tile(attention, workspace, item, next);
     multiply_rows_of_tile(attention, workspace);
     differentiate(attention, workspace);
     if (attention->grad_value.data) {
@@ -755,8 +754,10 @@ static void backward_run(const cpu_attention* attention, int64_t item, void* mem
     for (int64_t h = kv_head * group; workspace.columns > 0 && h < (kv_head + 1) * group; h++) {
         workspace.position = locate_head(attention, b, h);
         int64_t row_tile = next_row_tile(attention, &workspace.position, tile, 0);
-        for (; row_tile < row_tiles(attention); row_tile = next_row_tile(attention, &workspace.position, tile, row_tile + 1)) {
-            run_tile(attention, &workspace, item, row_tile);
+        while (row_tile < row_tiles(attention)) {
+            const int64_t next = next_row_tile(attention, &workspace.position, tile, row_tile + 1);
+            run_tile(attention, &workspace, item, row_tile, next);
+            row_tile = next;
         }
     }
     const int64_t stored = minimum(column_tile(attention), attention->seq_len_kv - workspace.first_column);

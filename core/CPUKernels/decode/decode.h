@@ -35,6 +35,7 @@
 #endif
 
 #define KERNEL_FP64 0
+#define KERNEL_FETCH_RUNS (KERNEL_INTEGER ? 1 : 4) /* codes are few bytes: their kernels wait for products rather than memory */
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
@@ -601,7 +602,7 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
     for (int64_t row = 0; row < rows; row++) {
         if (workspace->attended[row]) weigh_block(attention, &head->at, row, column, workspace);
     }
-    gather_block(value);
+    gather_block(value); /* not before: they were fetched meanwhile */
     for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.with_values, workspace);
 }
 

@@ -1,8 +1,5 @@
 /* Keys and values as decode kernels read them: blocks of rows, in place where they can be. */
 
-/* Places that floats are fetched from side by side. Codes are few bytes, and their kernels wait for products rather than memory. */
-enum { RUNS = KERNEL_INTEGER ? 1 : 4 };
-
 /* The keys or values of one head, and the block of them at hand. */
 typedef struct {
     cpu_tensor tensor;
@@ -150,5 +147,5 @@ static void gather_block(operand* operand) {
 /* Rows first ..< first + rows of `heads` heads side by side, where they are read in place, to be fetched in `times` goes. */
 static row_stream stream_operand(const operand* operand, int64_t heads, int64_t first, int64_t rows, int64_t times) {
     if (!operand->in_place) return (row_stream){0};
-    return stream_rows(&operand->tensor, operand->b, operand->head, heads * operand->channels, first, rows, times, RUNS);
+    return stream_rows(&operand->tensor, operand->b, operand->head, heads * operand->channels, first, rows, times);
 }

@@ -49,7 +49,7 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
         const char* at[MOST_KEYS_AT_ONCE];
         slice zero_points[MOST_KEYS_AT_ONCE];
         accumulator totals[MOST_SUMS];
-        fetch_lines(stream, RUNS);
+        fetch_lines(stream);
 #pragma clang loop unroll(full)
         for (int k = 0; k < keys; k++) {
             const int64_t here = minimum(column + k, key->columns - 1); /* behind the block's end: the last one again */
@@ -131,12 +131,12 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
     add_values_of_keys(precision, shifted, rows, first, slices, at, next, weights + (k), value->zero_points[k], totals)
     int64_t column = 0;
     for (; column + KEYS_BETWEEN_FETCHES <= columns; column += KEYS_BETWEEN_FETCHES) {
-        fetch_lines(stream, RUNS);
+        fetch_lines(stream);
         const char* at = values + column * stride;
 #pragma clang loop unroll_count(4)
         for (int k = 0; k < KEYS_BETWEEN_FETCHES; k += KEYS_IN_SUM, at += KEYS_IN_SUM * stride) ADD_KEYS(column + k, at, at + stride);
     }
-    if (column < columns) fetch_lines(stream, RUNS);
+    if (column < columns) fetch_lines(stream);
     for (; column < whole; column += KEYS_IN_SUM) {
         const char* at = values + column * stride;
         ADD_KEYS(column, at, at + stride);

@@ -365,7 +365,7 @@ static bool is_plain(const cpu_attention* attention) {
 static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
     item->factor = (float)((item->plain ? attention->softmax_scale : 1) / LN_2);
-    if (!values_stay(attention) && attention->head_dim_v % LANES != 0) { /* the padding of rows */
+    if (attention->head_dim_v % LANES != 0) { /* the padding of rows */
         memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real));
     }
     return true;

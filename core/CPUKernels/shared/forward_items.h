@@ -101,7 +101,7 @@ static row_stream stream_upcoming(const cpu_tensor* tensor, int64_t b, int64_t h
                                   int64_t times) {
     const bool neighbours = row_stride_bytes(tensor) == row_bytes(tensor->precision, channels);
     if (neighbours && !FETCH_NEIGHBOURS) return (row_stream){0};
-    return stream_rows(tensor, b, h, channels, first, rows, times, 1);
+    return stream_rows(tensor, b, h, channels, first, rows, times);
 }
 
 /* What follows the block at `column`: the next one that begins before `last_column`, or else what begins the item that this thread takes next

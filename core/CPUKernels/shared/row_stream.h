@@ -31,25 +31,30 @@ typedef struct {
     const char *row, *line; /* of the first run: the row at hand, and the next line of it */
     int64_t stride, bytes;  /* from row to row; of a row */
     int64_t rows;           /* of a run, behind this one */
-    int64_t runs, run_stride;
-    int64_t lines_at_once; /* of a run */
+    int64_t run_stride;     /* from run to run; 0: there is one */
+    int64_t lines_at_once;  /* of a run */
 } row_stream;
 
-enum { RUN_BYTES = 4096 };
+/* Runs that rows are divided into, if they can be. */
+#ifndef KERNEL_FETCH_RUNS
+#define KERNEL_FETCH_RUNS 1
+#endif
+enum { RUNS = KERNEL_FETCH_RUNS, RUN_BYTES = 4096 };
 
-/* Rows first ..< first + rows, to be fetched in `times` goes from `runs` places side by side, if that many rows can be so divided. */
-static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t channels, int64_t first, int64_t rows, int64_t times,
-                              const int runs) {
+/* Rows first ..< first + rows, to be fetched in `times` goes. */
+static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t channels, int64_t first, int64_t rows,
+                              int64_t times) {
     row_stream stream = {0};
     if (rows <= 0 || tensor->strides[3] != 1) return stream;
     stream.row = row_in_memory(tensor, b, h, first);
     stream.line = line_of(stream.row);
     stream.bytes = row_bytes(tensor->precision, channels);
     stream.stride = row_stride_bytes(tensor);
-    stream.runs = stream.stride == stream.bytes && rows % runs == 0 && rows / runs * stream.bytes >= RUN_BYTES ? runs : 1;
-    rows /= stream.runs;
-    stream.run_stride = rows * stream.stride;
     if (stream.stride == stream.bytes) {
+        if (RUNS > 1 && rows % RUNS == 0 && rows / RUNS * stream.bytes >= RUN_BYTES) {
+            rows /= RUNS;
+            stream.run_stride = rows * stream.stride;
+        }
         stream.bytes *= rows;
         rows = 1;
     }
@@ -61,14 +66,14 @@ static row_stream stream_rows(const cpu_tensor* tensor, int64_t b, int64_t h, in
 }
 
 /* A line of each run. */
-INLINE void fetch_line(const row_stream* stream, const int most_runs, const char* line) {
+INLINE void fetch_line(const row_stream* stream, const char* line) {
     __builtin_prefetch(line);
-    if (most_runs == 1 || stream->runs == 1) return;
-    for (int run = 1; run < most_runs; run++) __builtin_prefetch(line + run * stream->run_stride);
+    if (RUNS == 1 || stream->run_stride == 0) return;
+    for (int run = 1; run < RUNS; run++) __builtin_prefetch(line + run * stream->run_stride);
 }
 
-/* Nothing of an empty stream. `most_runs`: what stream_rows() was given as `runs`. */
-INLINE void fetch_lines(row_stream* stream, const int most_runs) {
+/* Nothing of an empty stream. */
+INLINE void fetch_lines(row_stream* stream) {
     const char* line = stream->line;
     if (!line) return;
     const char* end = stream->row + stream->bytes;
@@ -76,7 +81,7 @@ INLINE void fetch_lines(row_stream* stream, const int most_runs) {
     if (end - line >= bytes) { /* of one row, or of rows that follow one another */
         stream->line = line + bytes;
 #pragma clang loop unroll(disable)
-        for (; line < stream->line; line += CACHE_LINE) fetch_line(stream, most_runs, line);
+        for (; line < stream->line; line += CACHE_LINE) fetch_line(stream, line);
         return;
     }
 #pragma clang loop unroll(disable)
@@ -88,7 +93,7 @@ INLINE void fetch_lines(row_stream* stream, const int most_runs) {
             line = line_of(stream->row);
             end = stream->row + stream->bytes;
         }
-        fetch_line(stream, most_runs, line);
+        fetch_line(stream, line);
     }
     stream->line = line;
 }
@@ -99,7 +104,7 @@ typedef struct {
 } upcoming_rows;
 
 INLINE void fetch_upcoming(upcoming_rows* upcoming) {
-    fetch_lines(&upcoming->key, 1);
-    fetch_lines(&upcoming->value, 1);
-    fetch_lines(&upcoming->query, 1);
+    fetch_lines(&upcoming->key);
+    fetch_lines(&upcoming->value);
+    fetch_lines(&upcoming->query);
 }
