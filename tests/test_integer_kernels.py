@@ -10,12 +10,13 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import umfa
-from cases import OPTIONS, Problem, Sizes, problem, quantized_operand, smoothed_problem
+from cases import OPTIONS, Operand, Problem, Sizes, problem, quantized_operand, smoothed_problem
 from tolerances import assert_within
 
 BLOCK = 128  # key columns that share a largest weight
@@ -192,6 +193,42 @@ def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_ker
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 
 
+def with_zero_point(operand: Operand, zero_point: int) -> Operand:
+    """The same codes with another zero point, the same for all."""
+    argument = operand.argument
+    real = operand.real + argument.scales[..., None].astype(np.float64) * (argument.zero_points[..., None] - zero_point)
+    argument.zero_points[...] = zero_point
+    return Operand(argument, real)
+
+
+@pytest.mark.parametrize("zero_point", [-119, -60, -9, -8, 8, 9, 60, 119])
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+def test_attention__zero_points_within_a_byte__are_within_the_rounding_of_weights(place, zero_point, contexts, rng):
+    """Kernels for codes that are as small as INT4's leave others to one for INT8."""
+    made = integer_problem(rng, dtypes=("int4",) * 3, asymmetric=True)
+    operands = {name: with_zero_point(getattr(made, name), zero_point if name == place else 1) for name in ("query", "key", "value")}
+    made = replace(made, **operands)
+    output = check(made, contexts[2])
+    assert output.tobytes() != made.run(context=contexts["reference"])[0].tobytes(), "an integer kernel must have run"
+
+
+def test_attention__int4_codes_as_far_from_0_as_they_can_be__do_not_saturate(contexts, rng):
+    """Sums of 16 bits hold a few steps of such codes: all of one sign, times the largest queries and the largest weights."""
+    sizes = Sizes(rows=33, columns=260, channels=72, value_channels=40)
+    made = integer_problem(rng, sizes, ("int8", "int4", "int4"), asymmetric=True, scale=1e-6)
+    largest = np.repeat([-128, 127], [3, 30])[None, None, :, None]
+    made.query.argument.data[...] = largest
+    made.key.argument.data[...], made.value.argument.data[...] = 0x88, 0x77
+    codes = {"query": (largest, 0), "key": (-8, 8), "value": (7, -8)}
+    operands = {}
+    for name, (code, zero_point) in codes.items():
+        argument = getattr(made, name).argument
+        if argument.zero_points is not None:
+            argument.zero_points[...] = zero_point
+        operands[name] = Operand(argument, argument.scales[..., None].astype(np.float64) * np.full(argument.shape, code - zero_point))
+    check(replace(made, **operands), contexts[2])
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention__scales_whose_product_overflows__get_the_bits_of_the_reference_kernel(causal, contexts, rng):
     """A key of zeros scores 0, however large its scale: infinity times 0 would be no number."""
@@ -205,11 +242,14 @@ def test_attention__scales_whose_product_overflows__get_the_bits_of_the_referenc
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 
 
-def test_attention__zero_points_beyond_a_byte__matter_to_their_sequence_alone(contexts, rng):
+@pytest.mark.parametrize(("place", "zero_point"), [(0, 1000), (1, 50), (2, 50)])
+def test_attention__zero_points_beyond_a_kernel__matter_to_their_sequence_alone(place, zero_point, contexts, rng):
     """Which kernel computes a sequence depends neither on its batch nor on how many heads share keys."""
     sizes = Sizes(batch=2, heads=4, kv_heads=2, rows=9, columns=140, channels=40, value_channels=24)
     made = integer_problem(rng, sizes, dtypes=("int4",) * 3, asymmetric=True)
-    made.query.argument.zero_points[0, 1, 3] = 1000
+    for argument in made.arguments:
+        argument.zero_points[...] = rng.integers(-8, 8, argument.zero_points.shape)
+    made.arguments[place].zero_points[0, 1, 3] = zero_point
     grouped = made.run(context=contexts[2])
 
     def part(codes, index, repeats=1):

@@ -138,6 +138,7 @@ struct KernelTable {
         add(.float, .forward, .fp32, .avx2, attention_decode_float_avx2)
         add(.integer, .forward, .fp32, .avx512vnni, attention_forward_int8_avx512vnni)
         add(.integer, .forward, .fp32, .avxvnni, attention_forward_int8_avxvnni)
+        add(.integer, .forward, .fp32, .avx2, attention_forward_int4_avx2)
         add(.integer, .forward, .fp32, .avx2, attention_forward_int8_avx2)
         add(.float, .forward, .fp32, .avx512, attention_forward_float_avx512)
         add(.float, .forward, .fp32, .avx2, attention_forward_float_avx2)

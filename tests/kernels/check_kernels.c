@@ -97,6 +97,7 @@ static const table_line TABLE[] = {
     {&attention_decode_int8_avxvnni, FORWARD, AVXVNNI, INTEGER_ARITHMETIC, &attention_decode_int8_avx2},
     {&attention_decode_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, &attention_decode_int8_avx512},
     {&attention_forward_int8_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, NULL},
+    {&attention_forward_int4_avx2, FORWARD, AVX2, INTEGER_ARITHMETIC, &attention_forward_int8_avx2},
     {&attention_forward_int8_avxvnni, FORWARD, AVXVNNI, INTEGER_ARITHMETIC, &attention_forward_int8_avx2},
     {&attention_forward_int8_avx512vnni, FORWARD, AVX512VNNI, INTEGER_ARITHMETIC, NULL},
 #elif defined(__aarch64__)

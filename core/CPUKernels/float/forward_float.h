@@ -362,13 +362,12 @@ static bool is_plain(const cpu_attention* attention) {
     return nothing_is_added(attention) && scale > 1e-30 && scale < 1e30;
 }
 
-static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
+static void begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
     item->factor = (float)((item->plain ? attention->softmax_scale : 1) / LN_2);
     if (attention->head_dim_v % LANES != 0) { /* the padding of rows */
         memset(item->block.value_memory, 0, (size_t)(TILE_COLUMNS * pitch_of(attention->head_dim_v)) * sizeof(real));
     }
-    return true;
 }
 
 static const float* channel_scales(const cpu_attention* attention, const head_position* position, int64_t* stride) {

@@ -178,6 +178,7 @@ extern const cpu_attention_kernel attention_backward_int8_avxvnni;
 extern const cpu_attention_kernel attention_backward_int8_avx512;
 extern const cpu_attention_kernel attention_backward_int8_avx512vnni;
 extern const cpu_attention_kernel attention_forward_int8_avx2;
+extern const cpu_attention_kernel attention_forward_int4_avx2;
 extern const cpu_attention_kernel attention_forward_int8_avxvnni;
 extern const cpu_attention_kernel attention_forward_int8_avx512vnni;
 #elif defined(__aarch64__)

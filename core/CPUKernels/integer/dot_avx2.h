@@ -14,7 +14,14 @@
  *   weight_offset, weight_offset_of() an offset of a weight, as rounding uses it
  *   weight_offset_place(column)       where that of a column lies
  *   round_weights(weights, offsets)   STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
- *                                     adding the offset of their column */
+ *                                     adding the offset of their column
+ * and where keys and values have to be INT4
+ *   LARGEST_CODE                      that keys and values can have, less their zero points
+ *   SHORT_STEPS                       steps that 16 bits hold the sums of
+ *   short_sums                        of all lanes
+ *   multiply_shortly(lanes, codes)    the STEP products of each lane
+ *   join_short_sums(a, b)             those of a step and of others before it
+ *   add_short_sums(sums, few)         sums with those of a few steps added */
 enum { STEP = 2, QUERY_BIAS = 0, VALUE_BIAS = 0 };
 typedef int16_t lane_code;
 typedef int16_t signed_code;
@@ -31,18 +38,12 @@ typedef int16_t sixteen_shorts __attribute__((ext_vector_type(16)));
 typedef int8_t thirty_two_codes __attribute__((ext_vector_type(32)));
 typedef int16_t thirty_two_shorts __attribute__((ext_vector_type(32)));
 typedef thirty_two_shorts thirty_two_shorts_in_memory __attribute__((aligned(2)));
-typedef int32_t half_vector __attribute__((ext_vector_type(8)));
-
-INLINE int_vector broadcast_codes(int32_t few) {
-    half_vector half = (half_vector)few;
-    __asm__("" : "+x"(half)); /* in a register, lest it be loaded anew for each product */
-    return __builtin_shufflevector(half, half, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-}
+#include "halves.h"
 
 INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector codes) {
     const half_vector low = (half_vector)_mm256_madd_epi16((__m256i)lanes.lo, (__m256i)codes.lo);
     const half_vector high = (half_vector)_mm256_madd_epi16((__m256i)lanes.hi, (__m256i)codes.hi);
-    return sums + __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return sums + join_halves(low, high);
 }
 
 INLINE void interleave_rows(const int8_t* rows, int64_t pitch, int64_t channels, signed_code* out) {

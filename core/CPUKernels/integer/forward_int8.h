@@ -6,6 +6,7 @@
  *   KERNEL_TARGET         the instruction set as a target attribute string
  *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 4
  *   KERNEL_DOT            the header with the products of that instruction set: its comment says what it defines
+ *   KERNEL_REST           the kernel of this template that computes sequences with larger codes, where KERNEL_DOT serves small ones alone
  *
  * Items, panels and blocks of columns are those of the float kernels (forward_items.h). Both products multiply a vector, whose lanes are query
  * rows, by STEP neighbouring codes that are the same for all lanes:
@@ -22,7 +23,7 @@
  * Numerical contract: codes and dot products are exact, the same bits for every instruction set; scores, statistics and the output are FP32;
  * a weight has an error of at most 1/510 of its block's largest (with WEIGHT_FRACTION_BITS, a little more), one below 8/255 of it at most
  * 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-4. Rows whose scores are not finite, and
- * sequences with zero points beyond a byte or extreme scales, are left to the reference kernels. */
+ * sequences with zero points beyond a byte or extreme scales, are left to the reference kernels (of those, KERNEL_REST is asked first). */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
@@ -58,6 +59,10 @@ typedef int32_t int_vector __attribute__((ext_vector_type(LANES)));
 
 #include KERNEL_DOT
 
+#ifndef SHORT_STEPS
+enum { LARGEST_CODE = INT8_MAX }; /* of keys and values, less their zero points */
+#endif
+
 #define AGAIN_ROWS KERNEL_NAME(attention_forward_rows, KERNEL_AGAIN_SUFFIX)
 #define AGAIN_ROWS_BYTES KERNEL_NAME(attention_forward_rows_bytes, KERNEL_AGAIN_SUFFIX)
 #define AGAIN_FLOAT_STATISTICS false
@@ -84,15 +89,17 @@ static bool forward_serves(const cpu_attention* attention) {
     const cpu_tensor *query = &attention->query, *key = &attention->key, *value = &attention->value;
     if (!has_codes(query) || !has_codes(key) || !has_codes(value)) return false;
     if (!has_byte_codes(query) || !has_byte_codes(key) || !has_byte_codes(value)) return false;
+    if (LARGEST_CODE < INT8_MAX && (key->precision != CPU_INT4 || value->precision != CPU_INT4)) return false;
     bool channel_values = value->scale_channels == 1 && value->scale_strides[2] == 0;
     return has_row_scales(query) && has_row_scales(key) && (has_row_scales(value) || channel_values) && attention->dropout_p == 0;
 }
 
 /* ---- Regular sequences --------------------------------------------------------------------------------------------------------------- */
 
-/* Whether every difference of an INT4 code and its zero point is a byte, and no scale (where `with_scales`) is so extreme that the weights
- * of one block would be too far apart for FP32. */
-static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads, int64_t tokens, int64_t channels, bool with_scales) {
+/* Whether no difference of an INT4 code and its zero point is beyond `largest`, and no scale (where `with_scales`) is so extreme that the
+ * weights of one block would be too far apart for FP32. */
+static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads, int64_t tokens, int64_t channels, int32_t largest,
+                              bool with_scales) {
     if (!tensor->zero_points && !(with_scales && tensor->scales)) return true;
     const int64_t step = tensor->scale_strides[2] ? tensor->scale_tokens : maximum(tokens, 1);
     const int64_t stride = tensor->scale_strides[3], count = stride ? channels : 1;
@@ -102,7 +109,7 @@ static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads
             const int64_t first = scale_index(tensor, b, h, s);
             for (int64_t d = 0; d < count && tensor->zero_points; d++) {
                 const int32_t zero_point = tensor->zero_points[first + d * stride];
-                regular &= zero_point >= -119 && zero_point <= 119; /* codes are -8 ... 7 */
+                regular &= zero_point >= 8 - largest && zero_point <= largest - 8; /* codes are -8 ... 7 */
             }
             if (with_scales && tensor->scales) regular &= tensor->scales[first] > 1e-15f && tensor->scales[first] < 1e15f;
         }
@@ -114,13 +121,31 @@ static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads
 static bool sequence_is_regular(const cpu_attention* attention, int64_t b) {
     const int64_t keys = attention->kv_lengths ? attention->kv_lengths[b] : attention->seq_len_kv;
     const int64_t heads = attention->num_heads, kv_heads = attention->num_kv_heads;
-    return tensor_is_regular(&attention->query, b, heads, attention->seq_len_q, attention->head_dim, false) &&
-           tensor_is_regular(&attention->key, b, kv_heads, keys, attention->head_dim, false) &&
-           tensor_is_regular(&attention->value, b, kv_heads, keys, attention->head_dim_v, has_row_scales(&attention->value));
+    return tensor_is_regular(&attention->query, b, heads, attention->seq_len_q, attention->head_dim, INT8_MAX, false) &&
+           tensor_is_regular(&attention->key, b, kv_heads, keys, attention->head_dim, LARGEST_CODE, false) &&
+           tensor_is_regular(&attention->value, b, kv_heads, keys, attention->head_dim_v, LARGEST_CODE, has_row_scales(&attention->value));
 }
 
+/* In shared memory: whether each sequence is regular. */
+static bool was_found_regular(const cpu_attention* attention, int64_t b) {
+    return ((const uint8_t*)attention->shared)[b] != 0;
+}
+
+#ifdef KERNEL_REST
+/* The problem as KERNEL_REST sees it, which takes the shared memory behind this kernel's. */
+static cpu_attention problem_of_rest(const cpu_attention* attention) {
+    cpu_attention rest = *attention;
+    rest.shared = (uint8_t*)attention->shared + attention->batch_size;
+    return rest;
+}
+#endif
+
 static size_t shared_bytes(const cpu_attention* attention) {
-    return (size_t)attention->batch_size;
+    size_t bytes = (size_t)attention->batch_size;
+#ifdef KERNEL_REST
+    bytes += KERNEL_REST.shared_bytes(attention);
+#endif
+    return bytes;
 }
 
 static int64_t prepare_items(const cpu_attention* attention) {
@@ -130,6 +155,10 @@ static int64_t prepare_items(const cpu_attention* attention) {
 static void prepare_run(const cpu_attention* attention, int64_t item, void* memory) {
     (void)memory;
     ((uint8_t*)attention->shared)[item] = sequence_is_regular(attention, item);
+#ifdef KERNEL_REST
+    const cpu_attention rest = problem_of_rest(attention);
+    if (!was_found_regular(attention, item)) KERNEL_REST.prepare(&rest, item, memory);
+#endif
 }
 
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
@@ -202,8 +231,12 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
 
 static size_t forward_workspace_bytes(const cpu_attention* attention) {
     size_t bytes = forward_layout(attention, NULL, &(forward_workspace){0});
-    size_t again = AGAIN_ROWS_BYTES(attention);
-    return bytes > again ? bytes : again;
+#ifdef KERNEL_REST
+    const size_t others = KERNEL_REST.workspace_bytes(attention);
+#else
+    const size_t others = AGAIN_ROWS_BYTES(attention);
+#endif
+    return bytes > others ? bytes : others;
 }
 
 /* ---- Operands ------------------------------------------------------------------------------------------------------------------------ */
@@ -360,23 +393,65 @@ static void load_block(const cpu_attention* attention, forward_workspace* item, 
 
 /* ---- Products ------------------------------------------------------------------------------------------------------------------------ */
 
-/* Accumulators: see panel.h. */
+/* Accumulators: see panel.h. Short sums need as many registers again. */
+#ifdef SHORT_STEPS
+enum { PRODUCT_ROWS = 3, PRODUCT_REST = 3 };
+#else
 enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
+#endif
+
+/* STEP codes in every lane. */
+INLINE int_vector share_codes(const signed_code* codes) {
+    int32_t few;
+    memcpy(&few, codes, sizeof few);
+    return broadcast_codes(few);
+}
+
+#ifdef SHORT_STEPS
+/* Adds to sums[n][v] the products of SHORT_STEPS steps. */
+INLINE void accumulate_short_products(const int vectors, const int count, const lane_code* lane_codes, const signed_code* codes,
+                                      int64_t step_stride, int64_t stride, int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
+    short_sums few[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+#pragma clang loop unroll(full)
+    for (int step = 0; step < SHORT_STEPS; step++) {
+#pragma clang loop unroll(full)
+        for (int n = 0; n < count; n++) {
+            const int_vector factor = share_codes(codes + step * step_stride + n * stride);
+#pragma clang loop unroll(full)
+            for (int v = 0; v < vectors; v++) {
+                const int_vector lanes = *(const int_vector*)(lane_codes + (step * vectors + v) * LANES * STEP);
+                const short_sums products = multiply_shortly(lanes, factor);
+                few[n][v] = step == 0 ? products : join_short_sums(few[n][v], products);
+            }
+        }
+    }
+#pragma clang loop unroll(full)
+    for (int n = 0; n < count; n++) {
+#pragma clang loop unroll(full)
+        for (int v = 0; v < vectors; v++) sums[n][v] = add_short_sums(sums[n][v], few[n][v]);
+    }
+}
+#endif
 
 /* Adds to sums[n][v], for n < count and v < vectors, the products of all steps: lanes [step][rows][STEP] with the codes of n at
  * codes + step * step_stride + n * stride. */
 INLINE void accumulate_products(const int vectors, const int count, int64_t steps, const lane_code* lane_codes, const signed_code* codes,
                                 int64_t step_stride, int64_t stride, const bool weighted,
                                 int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
-    for (int64_t step = 0; step < steps; step++) {
+    int64_t step = 0;
+#ifdef SHORT_STEPS
+    for (; step + SHORT_STEPS <= steps; step += SHORT_STEPS) {
+        accumulate_short_products(vectors, count, lane_codes + step * vectors * LANES * STEP, codes + step * step_stride, step_stride,
+                                  stride, sums);
+    }
+#endif
+    for (; step < steps; step++) {
         int_vector lanes[KERNEL_PANEL_VECTORS];
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) lanes[v] = *(const int_vector*)(lane_codes + (step * vectors + v) * LANES * STEP);
 #pragma clang loop unroll(full)
         for (int n = 0; n < count; n++) {
-            int32_t few;
-            memcpy(&few, codes + step * step_stride + n * stride, sizeof few);
-            const int_vector factor = broadcast_codes(few);
+            const int_vector factor = share_codes(codes + step * step_stride + n * stride);
 #pragma clang loop unroll(full)
             for (int v = 0; v < vectors; v++) {
                 sums[n][v] = weighted ? add_weighted(sums[n][v], lanes[v], factor) : add_products(sums[n][v], lanes[v], factor);
@@ -668,10 +743,9 @@ static bool is_plain(const cpu_attention* attention) {
     return nothing_is_added(attention) && fabs(attention->softmax_scale) < 1e30;
 }
 
-static bool begin_item(const cpu_attention* attention, forward_workspace* item) {
+static void begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
     spread_offsets(item->offsets);
-    return ((const uint8_t*)attention->shared)[item->tile.position.b] != 0;
 }
 
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
@@ -693,6 +767,22 @@ static const float* channel_scales(const cpu_attention* attention, const head_po
 
 #include "../shared/forward_items.h"
 
+/* An item of a regular sequence, or what computes the others' does it. */
+static void run_item(const cpu_attention* attention, int64_t item, void* memory) {
+    int64_t first_row, rows;
+    const head_position position = locate_forward_tile(attention, item, &first_row, &rows);
+    if (was_found_regular(attention, position.b)) {
+        forward_run(attention, item, memory);
+    } else {
+#ifdef KERNEL_REST
+        const cpu_attention rest = problem_of_rest(attention);
+        KERNEL_REST.run(&rest, item, memory);
+#else
+        AGAIN_ROWS(attention, position.b, position.h, first_row, rows, memory);
+#endif
+    }
+}
+
 #pragma clang attribute pop
 #pragma clang diagnostic pop
 
@@ -704,5 +794,5 @@ const cpu_attention_kernel KERNEL_NAME(attention_forward, KERNEL_SUFFIX) = {
     .prepare = prepare_run,
     .item_count = forward_tile_items,
     .workspace_bytes = forward_workspace_bytes,
-    .run = forward_run,
+    .run = run_item,
 };

@@ -21,5 +21,5 @@ INLINE int_vector round_pair(vector first, vector second, const weight_offset of
     memcpy(&both, offsets, sizeof both);
     const half_vector low = (half_vector)round_halves((__m256)first.lo, (__m256)second.lo, _mm256_set1_epi32(both));
     const half_vector high = (half_vector)round_halves((__m256)first.hi, (__m256)second.hi, _mm256_set1_epi32(both));
-    return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return join_halves(low, high);
 }

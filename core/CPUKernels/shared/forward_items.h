@@ -4,7 +4,7 @@
  *   forward_workspace      with the members tile (of one panel), statistics (`highest` as binary logarithms), infinite, output
  *                          ([head_dim_v][rows] for each panel), rows (room for a panel's rows, `row_pitch` apart) and upcoming
  *   forward_layout()       lays it out
- *   begin_item()           what comes before an item's panels; false: the item is left to the rows of AGAIN_ROWS
+ *   begin_item()           what comes before an item's panels
  *   select_queries()       makes what the kernel keeps of each row that of a panel
  *   open_queries()         reads a panel's queries
  *   load_block()           reads a block of keys and values
@@ -135,10 +135,7 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     int64_t first_row, rows;
     const head_position position = locate_forward_tile(attention, item, &first_row, &rows);
     workspace.tile.position = position;
-    if (!begin_item(attention, &workspace)) {
-        AGAIN_ROWS(attention, position.b, position.h, first_row, rows, memory);
-        return;
-    }
+    begin_item(attention, &workspace);
     const int64_t panels = divide_up(rows, PANEL_ROWS);
     for (int64_t p = 0; p < panels; p++) {
         forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
