@@ -1,4 +1,4 @@
-/* A slice: the floats of one register, and what decode kernels do with it; and the lanes of a vector taken together. */
+/* A slice: the floats of one register, and what decode kernels do with it; and the highest of a vector's lanes. */
 
 enum { SLICE = KERNEL_SLICE };
 
@@ -73,13 +73,6 @@ INLINE slice add_lanes(const slice slices[SLICE]) {
 #else
     return add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
 #endif
-}
-
-/* The sum of a vector's lanes, by a tree. */
-INLINE float sum_of_lanes(vector values) {
-    vector sum = values + __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
-    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
 }
 
 /* The highest of a vector's lanes. */

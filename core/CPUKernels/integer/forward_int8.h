@@ -96,23 +96,32 @@ static bool forward_serves(const cpu_attention* attention) {
 
 /* ---- Regular sequences --------------------------------------------------------------------------------------------------------------- */
 
-/* Whether no difference of an INT4 code and its zero point is beyond `largest`, and no scale (where `with_scales`) is so extreme that the
- * weights of one block would be too far apart for FP32. */
+/* Whether no difference of an INT4 code, -8 ... 7, and one of these zero points is beyond `largest`. */
+static bool are_zero_points_small(const int32_t* zero_points, int64_t count, int64_t stride, int32_t largest) {
+    bool small = true;
+    for (int64_t n = 0; n < count; n++) small &= zero_points[n * stride] >= 8 - largest && zero_points[n * stride] <= largest - 8;
+    return small;
+}
+
+/* Whether no scale is so extreme that the weights of one block would be too far apart for FP32. */
+static bool are_scales_moderate(const float* scales, int64_t count, int64_t stride) {
+    bool moderate = true;
+    for (int64_t n = 0; n < count; n++) moderate &= scales[n * stride] > 1e-15f && scales[n * stride] < 1e15f;
+    return moderate;
+}
+
+/* Whether zero points are so small that no code less its own is beyond `largest`, and scales, where `with_scales`, moderate. */
 static bool tensor_is_regular(const cpu_tensor* tensor, int64_t b, int64_t heads, int64_t tokens, int64_t channels, int32_t largest,
                               bool with_scales) {
-    if (!tensor->zero_points && !(with_scales && tensor->scales)) return true;
-    const int64_t step = tensor->scale_strides[2] ? tensor->scale_tokens : maximum(tokens, 1);
-    const int64_t stride = tensor->scale_strides[3], count = stride ? channels : 1;
+    const int64_t stride = tensor->scale_strides[2], channel_stride = tensor->scale_strides[3];
+    const int64_t count = stride ? divide_up(tokens, tensor->scale_tokens) : minimum(tokens, 1);
     bool regular = true;
     for (int64_t h = 0; h < heads; h++) {
-        for (int64_t s = 0; s < tokens; s += step) {
-            const int64_t first = scale_index(tensor, b, h, s);
-            for (int64_t d = 0; d < count && tensor->zero_points; d++) {
-                const int32_t zero_point = tensor->zero_points[first + d * stride];
-                regular &= zero_point >= 8 - largest && zero_point <= largest - 8; /* codes are -8 ... 7 */
-            }
-            if (with_scales && tensor->scales) regular &= tensor->scales[first] > 1e-15f && tensor->scales[first] < 1e15f;
+        const int64_t first = scale_index(tensor, b, h, 0);
+        for (int64_t d = 0; d < (channel_stride ? channels : 1) && tensor->zero_points; d++) {
+            regular &= are_zero_points_small(tensor->zero_points + first + d * channel_stride, count, stride, largest);
         }
+        if (with_scales && tensor->scales) regular &= are_scales_moderate(tensor->scales + first, count, stride);
     }
     return regular;
 }
@@ -169,7 +178,7 @@ typedef struct {
     int64_t key_pitch;
     signed_code* key_memory;
     signed_code* values;  /* [columns / STEP][head_dim_v][STEP] */
-    int32_t* key_offsets; /* -QUERY_BIAS * sum of the key's codes */
+    int32_t* key_offsets; /* -QUERY_BIAS * sum of the key's codes; not used without a bias */
     float* key_scales;    /* times softmax_scale, as binary logarithms where scores are plain */
     float largest_key_scale;
     float* value_logs;     /* log2 of the value's scale; 0 where values have a scale a channel */
@@ -201,6 +210,15 @@ static int64_t steps_of(int64_t channels) {
     return divide_up(channels, STEP);
 }
 
+/* Codes that one product of sums takes. */
+enum { CODES = LANES * STEP };
+
+/* Of a key in workspace. Where sums are needed, whole vectors are added up. */
+static int64_t key_pitch_of(const cpu_attention* attention) {
+    const int64_t codes = steps_of(attention->head_dim) * STEP;
+    return QUERY_BIAS ? round_up(codes, CODES) : codes;
+}
+
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
     const int64_t rows = forward_tile_rows(attention), head_dim_v = attention->head_dim_v;
@@ -217,7 +235,7 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->weight_sums = workspace_take(&cursor, PANEL_ROWS, sizeof(int32_t));
     workspace->block_factors = workspace_take_reals(&cursor, PANEL_ROWS);
     workspace->offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(weight_offset));
-    block->key_memory = workspace_take(&cursor, TILE_COLUMNS * codes, sizeof(signed_code));
+    block->key_memory = workspace_take(&cursor, TILE_COLUMNS * key_pitch_of(attention), sizeof(signed_code));
     block->values = workspace_take(&cursor, TILE_COLUMNS * head_dim_v, sizeof(signed_code));
     block->key_offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(int32_t));
     block->key_scales = workspace_take_reals(&cursor, TILE_COLUMNS);
@@ -241,20 +259,64 @@ static size_t forward_workspace_bytes(const cpu_attention* attention) {
 
 /* ---- Operands ------------------------------------------------------------------------------------------------------------------------ */
 
-/* Codes of a row without their zero point, as bytes. */
-static void load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* differences) {
-    int8_t scratch[CPU_MAX_HEAD_DIM];
-    const int8_t* codes = load_codes(tensor, b, h, s, channels, scratch);
-    if (tensor->zero_points == NULL) {
-        memcpy(differences, codes, (size_t)channels);
-        return;
-    }
+/* Codes of a row without their zero point: where they lie, or in `scratch`. */
+static const int8_t* load_differences(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* scratch) {
+    if (tensor->zero_points == NULL) return load_codes(tensor, b, h, s, channels, scratch);
+    int8_t unpacked[CPU_MAX_HEAD_DIM]; /* not in `scratch`, so that the loops below are vectors */
+    const int8_t* codes = load_codes(tensor, b, h, s, channels, unpacked);
     const int64_t stride = tensor->scale_strides[3]; /* 0: one zero point a row */
     const int32_t* zero_points = tensor->zero_points + scale_index(tensor, b, h, s);
     if (stride == 0) {
-        for (int64_t d = 0; d < channels; d++) differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[0]);
+        for (int64_t d = 0; d < channels; d++) scratch[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[0]);
     } else {
-        for (int64_t d = 0; d < channels; d++) differences[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[d * stride]);
+        for (int64_t d = 0; d < channels; d++) scratch[d] = (int8_t)((uint32_t)codes[d] - (uint32_t)zero_points[d * stride]);
+    }
+    return scratch;
+}
+
+typedef lane_code sixteen_lanes __attribute__((ext_vector_type(16)));
+typedef sixteen_lanes sixteen_lanes_in_memory __attribute__((aligned(sizeof(lane_code))));
+typedef signed_code sixteen_signed __attribute__((ext_vector_type(16)));
+typedef sixteen_signed sixteen_signed_in_memory __attribute__((aligned(sizeof(signed_code))));
+
+/* A row's codes as lanes hold them, QUERY_BIAS added, those behind the last channel 0. */
+static void write_query_codes(const int8_t* codes, int64_t channels, int64_t padded, lane_code* out) {
+    int64_t d = 0;
+    for (; d + 16 <= channels; d += 16) {
+        const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
+        *(sixteen_lanes_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_lanes) + (lane_code)QUERY_BIAS;
+    }
+    for (; d < padded; d++) out[d] = (lane_code)((d < channels ? codes[d] : 0) + QUERY_BIAS);
+}
+
+/* A row's codes as all lanes share them. */
+static void write_key_codes(const int8_t* codes, int64_t channels, signed_code* out) {
+    int64_t d = 0;
+    for (; d + 16 <= channels; d += 16) {
+        const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
+        *(sixteen_signed_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_signed);
+    }
+    for (; d < channels; d++) out[d] = codes[d];
+}
+
+/* The dot product of a row's codes with channel means. */
+static float multiply_means(const int8_t* codes, const float* means, int64_t channels) {
+    typedef vector __attribute__((aligned(4))) vector_in_memory;
+    vector sums = vector_of(0);
+    int64_t d = 0;
+    for (; d + LANES <= channels; d += LANES) {
+        const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
+        sums += __builtin_convertvector(few, vector) * *(const vector_in_memory*)(means + d);
+    }
+    float sum = 0;
+    for (; d < channels; d++) sum += (float)codes[d] * means[d];
+    return sum + sum_of_lanes(sums);
+}
+
+/* The scales of some tokens, which are the same for all channels, times a factor; 1 where there are none. */
+static void load_scales(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first, int64_t count, float factor, float* scales) {
+    for (int64_t n = 0; n < count; n++) {
+        scales[n] = factor * (tensor->scales ? tensor->scales[scale_index(tensor, b, h, first + n)] : 1);
     }
 }
 
@@ -271,7 +333,7 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
     const float* means = key->channel_means;
     if (means) means += at->b * key->mean_strides[0] + at->kv_head * key->mean_strides[1];
     const int64_t head_dim = attention->head_dim, steps = steps_of(head_dim), rows = tile->rows;
-    int8_t differences[CPU_MAX_HEAD_DIM + STEP];
+    int8_t scratch[CPU_MAX_HEAD_DIM];
     for (int64_t row = 0; row < rows; row++) {
         panel->query_scales[row] = 0;
         panel->mean_scores[row] = 0;
@@ -279,15 +341,11 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
     memset(panel->rows + tile->valid_rows * panel->row_pitch, 0, (size_t)((rows - tile->valid_rows) * panel->row_pitch) * sizeof(real));
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
-        load_differences(query, at->b, place.h, place.i, head_dim, differences);
+        const int8_t* differences = load_differences(query, at->b, place.h, place.i, head_dim, scratch);
         const float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
         panel->query_scales[row] = scale;
-        float sum = 0;
-        for (int64_t d = 0; d < head_dim && means; d++) sum += (scale * (float)differences[d]) * means[d];
-        panel->mean_scores[row] = sum;
-        for (int64_t d = head_dim; d < steps * STEP; d++) differences[d] = 0;
-        lane_code* codes = (lane_code*)(panel->rows + row * panel->row_pitch);
-        for (int64_t d = 0; d < steps * STEP; d++) codes[d] = (lane_code)(differences[d] + QUERY_BIAS);
+        if (means) panel->mean_scores[row] = scale * multiply_means(differences, means, head_dim);
+        write_query_codes(differences, head_dim, steps * STEP, (lane_code*)(panel->rows + row * panel->row_pitch));
     }
     /* STEP codes have the size of a number. */
     transpose_floats(panel->rows, panel->row_pitch, rows, steps, (float*)panel->query, rows);
@@ -296,58 +354,109 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
 /* Whether keys are used where they lie. */
 static bool keys_stay(const cpu_attention* attention) {
     return sizeof(signed_code) == 1 && attention->key.precision == CPU_INT8 && attention->key.strides[3] == 1 &&
-           attention->head_dim % STEP == 0;
+           attention->head_dim % (QUERY_BIAS ? CODES : STEP) == 0;
 }
 
-/* The sum of a key's codes, STEP at a time. */
-static int32_t sum_of_codes(const signed_code* codes, int64_t count) {
-    enum { CODES = LANES * STEP };
-    int_vector sums = 0, rest = 0;
-    int64_t d = 0;
-    for (; d + CODES <= count; d += CODES) {
-        int_vector chunk;
-        memcpy(&chunk, codes + d, sizeof chunk);
-        sums = add_products(sums, LANES_OF_ONES, chunk);
+/* The sums of the lanes of LANES vectors: first within groups of four lanes, then of the groups. */
+INLINE int_vector sums_of_lanes(const int_vector vectors[LANES]) {
+    int_vector groups[LANES / 4];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < LANES / 4; n++) {
+        const int_vector *four = vectors + 4 * n, a = four[0], b = four[1], c = four[2], d = four[3];
+        const int_vector ab = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                              __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        const int_vector cd = __builtin_shufflevector(c, d, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+                              __builtin_shufflevector(c, d, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+        groups[n] = __builtin_shufflevector(ab, cd, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+                    __builtin_shufflevector(ab, cd, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
     }
-    memcpy(&rest, codes + d, (size_t)(count - d) * sizeof(signed_code));
-    sums = add_products(sums, LANES_OF_ONES, rest);
-    int32_t sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += sums[lane];
-    return sum;
+    int_vector pairs[2];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < 2; n++) {
+        const int_vector first = groups[2 * n], second = groups[2 * n + 1];
+        pairs[n] = __builtin_shufflevector(first, second, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+                   __builtin_shufflevector(first, second, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    return __builtin_shufflevector(pairs[0], pairs[1], 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+           __builtin_shufflevector(pairs[0], pairs[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+}
+
+/* -QUERY_BIAS times the sum of each key's codes. */
+static void sum_keys(const column_block* block, int64_t columns, int64_t codes) {
+    typedef int_vector __attribute__((aligned(1))) int_vector_in_memory;
+    for (int64_t column = 0; column < columns; column += LANES) {
+        int_vector sums[LANES];
+        for (int64_t n = 0; n < LANES; n++) {
+            const signed_code* key = block->keys + minimum(column + n, columns - 1) * block->key_pitch;
+            sums[n] = 0;
+            for (int64_t d = 0; d < codes; d += CODES) {
+                sums[n] = add_products(sums[n], LANES_OF_ONES, *(const int_vector_in_memory*)(key + d));
+            }
+        }
+        *(int_vector*)(block->key_offsets + column) = sums_of_lanes(sums) * -QUERY_BIAS;
+    }
 }
 
 static void load_keys(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
     const cpu_tensor* key = &attention->key;
     const head_position* at = &item->tile.position;
-    const int64_t head_dim = attention->head_dim, codes = steps_of(head_dim) * STEP;
-    const float scale = item->plain ? (float)(attention->softmax_scale / LN_2) : 1;
+    const int64_t head_dim = attention->head_dim;
     column_block* block = &item->block;
-    block->keys = block->key_memory;
-    block->key_pitch = codes;
     if (keys_stay(attention)) {
         block->keys = (const signed_code*)key->data + row_offset(key, at->b, at->kv_head, first_column);
         block->key_pitch = key->strides[2];
+    } else {
+        block->keys = block->key_memory;
+        block->key_pitch = key_pitch_of(attention);
+        for (int64_t column = 0; column < columns; column++) {
+            int8_t scratch[CPU_MAX_HEAD_DIM];
+            const int8_t* differences = load_differences(key, at->b, at->kv_head, first_column + column, head_dim, scratch);
+            write_key_codes(differences, head_dim, block->key_memory + column * block->key_pitch);
+        }
     }
+    if (QUERY_BIAS) sum_keys(block, columns, key_pitch_of(attention));
+    const float scale = item->plain ? (float)(attention->softmax_scale / LN_2) : 1;
+    load_scales(key, at->b, at->kv_head, first_column, columns, scale, block->key_scales);
     block->largest_key_scale = 0;
     for (int64_t column = 0; column < columns; column++) {
-        const int64_t s = first_column + column;
-        if (block->keys == block->key_memory) {
-            int8_t differences[CPU_MAX_HEAD_DIM];
-            signed_code* out = block->key_memory + column * codes;
-            load_differences(key, at->b, at->kv_head, s, head_dim, differences);
-            for (int64_t d = 0; d < head_dim; d++) out[d] = differences[d];
-            for (int64_t d = head_dim; d < codes; d++) out[d] = 0;
-        }
-        block->key_offsets[column] = QUERY_BIAS ? -QUERY_BIAS * sum_of_codes(block->keys + column * block->key_pitch, codes) : 0;
-        block->key_scales[column] = scale * (key->scales ? key->scales[scale_index(key, at->b, at->kv_head, s)] : 1);
         block->largest_key_scale = fmaxf(block->largest_key_scale, fabsf(block->key_scales[column]));
     }
 }
 
 static bool is_zero(const int8_t* codes, int64_t count) {
-    int8_t any = 0;
-    for (int64_t d = 0; d < count; d++) any |= codes[d];
-    return any == 0;
+    int64_t d = 0;
+    for (; d + 16 <= count; d += 16) {
+        int64_t halves[2];
+        memcpy(halves, codes + d, sizeof halves);
+        if ((halves[0] | halves[1]) != 0) return false;
+    }
+    for (; d < count; d++) {
+        if (codes[d] != 0) return false;
+    }
+    return true;
+}
+
+/* What the scales of values add to scores, and its inverse. */
+static void scale_values(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
+    const cpu_tensor* value = &attention->value;
+    const head_position* at = &item->tile.position;
+    column_block* block = &item->block;
+    float* scales = block->value_inverses;
+    if (has_row_scales(value)) {
+        load_scales(value, at->b, at->kv_head, first_column, columns, 1, scales);
+        for (int64_t column = 0; column < columns && block->any_zero; column++) {
+            if (block->zero[column]) scales[column] = 1;
+        }
+    } else {
+        for (int64_t column = 0; column < columns; column++) scales[column] = 1;
+    }
+    const int64_t padded = round_up(columns, LANES);
+    for (int64_t column = columns; column < padded; column++) scales[column] = INFINITY;
+    for (int64_t column = 0; column < padded; column += LANES) {
+        const vector scale = vector_load(scales + column);
+        vector_store(block->value_logs + column, vector_log2(scale));
+        vector_store(block->value_inverses + column, 1 / scale);
+    }
 }
 
 static void load_values(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
@@ -355,11 +464,9 @@ static void load_values(const cpu_attention* attention, forward_workspace* item,
     const head_position* at = &item->tile.position;
     const int64_t channels = attention->head_dim_v;
     const bool stay = value->precision == CPU_INT8 && value->strides[3] == 1;
-    const bool scaled = value->scales != NULL && has_row_scales(value);
     column_block* block = &item->block;
     int8_t rows[STEP * CPU_MAX_HEAD_DIM];
-    block->any_zero = false;
-    float scale = 1, logarithm = 0;
+    bool any_zero = false;
     for (int64_t column = 0; column < columns; column += STEP) {
         const int64_t s = first_column + column, present = minimum(STEP, columns - column);
         const int8_t* source = rows;
@@ -369,21 +476,21 @@ static void load_values(const cpu_attention* attention, forward_workspace* item,
             pitch = value->strides[2];
         } else {
             if (present < STEP) memset(rows, 0, (size_t)(STEP * channels));
-            for (int64_t k = 0; k < present; k++) load_differences(value, at->b, at->kv_head, s + k, channels, rows + k * channels);
+            for (int64_t k = 0; k < present; k++) {
+                int8_t* row = rows + k * channels;
+                const int8_t* differences = load_differences(value, at->b, at->kv_head, s + k, channels, row);
+                if (differences != row) memcpy(row, differences, (size_t)channels);
+            }
         }
         interleave_rows(source, pitch, channels, block->values + column * channels);
         for (int64_t k = 0; k < present; k++) {
             const bool zero = is_zero(source + k * pitch, channels);
             block->zero[column + k] = zero;
-            block->any_zero |= zero;
-            const float own = scaled && !zero ? value->scales[scale_index(value, at->b, at->kv_head, s + k)] : 1;
-            if (own != scale) logarithm = log2f(own);
-            scale = own;
-            block->value_logs[column + k] = logarithm;
-            block->value_inverses[column + k] = 1 / scale;
+            any_zero |= zero;
         }
-        for (int64_t k = present; k < STEP; k++) block->value_inverses[column + k] = 0;
     }
+    block->any_zero = any_zero;
+    scale_values(attention, item, first_column, columns);
 }
 
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
@@ -467,7 +574,7 @@ INLINE void multiply_keys(const int vectors, const int count, int64_t steps, con
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) sums[k][v] = (int_vector)offsets[k];
+        for (int v = 0; v < vectors; v++) sums[k][v] = QUERY_BIAS ? (int_vector)offsets[k] : (int_vector)0;
     }
     accumulate_products(vectors, count, steps, query, keys, STEP, pitch, false, sums);
 #pragma clang loop unroll(full)
@@ -746,6 +853,8 @@ static bool is_plain(const cpu_attention* attention) {
 static void begin_item(const cpu_attention* attention, forward_workspace* item) {
     item->plain = is_plain(attention);
     spread_offsets(item->offsets);
+    const int64_t pitch = key_pitch_of(attention);
+    if (attention->head_dim < pitch) memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
 }
 
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {

@@ -147,6 +147,17 @@ static inline uint8_t int4_pair(int8_t low, int8_t high) {
     return (uint8_t)((low & 15) | (high & 15) << 4);
 }
 
+/* The 16 codes of eight bytes that follow one another. */
+static inline void unpack_eight_bytes(const uint8_t* bytes, int8_t* codes) {
+    typedef uint8_t eight_bytes __attribute__((ext_vector_type(8)));
+    typedef uint8_t sixteen_bytes __attribute__((ext_vector_type(16)));
+    typedef eight_bytes eight_bytes_in_memory __attribute__((aligned(1)));
+    typedef sixteen_bytes sixteen_bytes_in_memory __attribute__((aligned(1)));
+    const eight_bytes both = *(const eight_bytes_in_memory*)bytes, low = both & 15, high = both >> 4;
+    const sixteen_bytes all = __builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    *(sixteen_bytes_in_memory*)codes = (all ^ 8) - 8;
+}
+
 /* The codes of a row of INT8 or INT4, one a byte: in place where they lie so, else in `scratch` (of `channels` bytes). */
 static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t s, int64_t channels, int8_t* scratch) {
     const int64_t offset = row_offset(tensor, b, h, s);
@@ -165,7 +176,9 @@ static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int6
     const uint8_t* bytes = (const uint8_t*)tensor->data + int4_byte_index(tensor, offset, 0);
     const int64_t pairs = channels / 2;
     if (stride == 1) {
-        for (int64_t pair = 0; pair < pairs; ++pair) {
+        int64_t pair = 0;
+        for (; pair + 8 <= pairs; pair += 8) unpack_eight_bytes(bytes + pair, scratch + 2 * pair);
+        for (; pair < pairs; ++pair) {
             scratch[2 * pair] = int4_low(bytes[pair]);
             scratch[2 * pair + 1] = int4_high(bytes[pair]);
         }

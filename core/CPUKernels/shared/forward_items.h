@@ -43,9 +43,11 @@ static uint64_t close_panel(const cpu_attention* attention, forward_workspace* p
     const int64_t first_statistic = (at->b * attention->num_heads + at->h) * attention->seq_len_q + tile->first_row;
     real factors[PANEL_ROWS] __attribute__((aligned(64)));
     uint64_t again = 0;
-    for (int64_t row = 0; row < rows; row++) {
-        factors[row] = statistics->attended[row] ? 1 / statistics->sum[row] : 0;
-        if (row >= tile->valid_rows || !(attention->logsumexp || attention->sinks)) continue;
+    for (int64_t row = 0; row < rows; row += LANES) {
+        const vector_mask attended = *(const vector_mask*)(statistics->attended + row);
+        vector_store(factors + row, vector_select(attended, 1 / vector_load(statistics->sum + row), vector_of(0)));
+    }
+    for (int64_t row = 0; row < tile->valid_rows && (attention->logsumexp || attention->sinks); row++) {
         real logsumexp;
         const row_place place = place_of_row(attention, at, tile->first_row + row);
         statistics->highest[row] = (real)((double)statistics->highest[row] * LN_2);
@@ -57,31 +59,33 @@ static uint64_t close_panel(const cpu_attention* attention, forward_workspace* p
     }
     int64_t stride;
     const float* scales = channel_scales(attention, at, &stride);
-    vector probes[KERNEL_PANEL_VECTORS]; /* NaN once a result is not finite */
-    for (int64_t v = 0; v < rows / LANES; v++) {
-        const vector_mask attended = *(const vector_mask*)(statistics->attended + v * LANES);
-        const vector factor = vector_load(factors + v * LANES);
-        probes[v] = factor * 0.0f;
+    for (int64_t row = 0; row < rows; row += LANES) {
+        const vector_mask attended = *(const vector_mask*)(statistics->attended + row);
+        const vector factor = vector_load(factors + row);
+        vector probe = factor * 0.0f; /* NaN once a result is not finite */
         for (int64_t channel = 0; channel < head_dim_v; channel++) {
-            real* result = panel->output + channel * rows + v * LANES;
+            real* result = panel->output + channel * rows + row;
             vector scaled = vector_load(result) * factor;
             if (scales) scaled *= scales[channel * stride];
             scaled = vector_select(attended, scaled, vector_of(0));
-            probes[v] += scaled * 0.0f;
+            probe += scaled * 0.0f;
             vector_store(result, scaled);
+        }
+        const vector_mask failed = attended & (*(const vector_mask*)(tile->infinite + row) | (probe != 0));
+        if (!vector_any(failed)) continue;
+        for (int64_t lane = 0; lane < LANES && row + lane < tile->valid_rows; lane++) {
+            if (failed[lane]) again |= (uint64_t)1 << (row + lane);
         }
     }
     float* in_place = find_tile_rows(attention, tile, &attention->output);
     if (in_place) {
         transpose_floats(panel->output, rows, head_dim_v, tile->valid_rows, in_place, attention->output.strides[2]);
-    } else {
-        transpose_floats(panel->output, rows, head_dim_v, rows, panel->rows, pitch);
+        return again;
     }
+    transpose_floats(panel->output, rows, head_dim_v, rows, panel->rows, pitch);
     for (int64_t row = 0; row < tile->valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
-        if (!in_place) store_row(&attention->output, at->b, place.h, place.i, head_dim_v, panel->rows + row * pitch);
-        const bool finite = probes[row / LANES][row % LANES] == 0;
-        if (statistics->attended[row] && (tile->infinite[row] || !finite)) again |= (uint64_t)1 << row;
+        store_row(&attention->output, at->b, place.h, place.i, head_dim_v, panel->rows + row * pitch);
     }
     return again;
 }

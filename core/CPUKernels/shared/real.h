@@ -67,6 +67,13 @@ INLINE vector vector_tanh(vector x) {
 
 #else
 
+/* The sum of a vector's lanes, by a tree. */
+INLINE float sum_of_lanes(vector values) {
+    vector sum = values + __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    sum += __builtin_shufflevector(sum, sum, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3);
+    return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
 static const float ROUND_TO_INTEGER = 12582912.0f; /* 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits */
 
 /* e^x within about one unit in the last place for normal results; denormal results are flushed to 0; exp(0) is exactly 1.
@@ -160,6 +167,19 @@ INLINE void vectors_exp2_above(vector* x, const int count, vector factor, vector
 INLINE vector vector_exp2(vector x) {
     vectors_exp2(&x, 1);
     return x;
+}
+
+/* log2(x) within 1e-7, or half a unit in the last place where that is more, for normal numbers; exact for powers of 2. x = 2^n * m, m between
+ * the roots of 1/2 and 2: the logarithm of m from the series of the inverse hyperbolic tangent of (m - 1) / (m + 1). */
+INLINE vector vector_log2(vector x) {
+    const vector_mask bits = *(const vector_mask*)&x, exponent = (bits - 0x3F3504F3) >> 23; /* the root of 1/2 has these bits */
+    const vector_mask rest = bits - (exponent << 23);
+    const vector m = *(const vector*)&rest, t = (m - 1) / (m + 1), square = t * t;
+    vector series = vector_of(2.8853901f / 7);
+    series = series * square + 2.8853901f / 5;
+    series = series * square + 2.8853901f / 3;
+    series = series * square + 2.8853901f;
+    return series * t + __builtin_convertvector(exponent, vector);
 }
 
 /* tanh(x) within a few units in the last place: Cephes' odd polynomial (tanhf) for small arguments, else 1 - 2 / (e^2|x| + 1). */
