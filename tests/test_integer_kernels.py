@@ -193,6 +193,37 @@ def test_attention__zero_points_beyond_a_byte__get_the_bits_of_the_reference_ker
     assert [each.tobytes() for each in results[0]] == [each.tobytes() for each in results[1]]
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("options", [{}, {"sinks": np.array([0.5, -1, 2, 0], np.float32)}], ids=["plain", "sinks"])
+@pytest.mark.parametrize("addition", [-1e9, -1e5, -1e4, 1e4, 1e9])
+def test_attention__rows_whose_scores_are_all_far_from_0__get_the_bits_of_the_reference_kernel(addition, options, dtype, contexts, rng):
+    """The logarithms of value scales would be lost beside them. Far below the others' they matter to nobody."""
+    sizes = Sizes(rows=70, columns=300, channels=40, value_channels=24)
+    mask = np.zeros((sizes.rows, sizes.columns), np.float32)
+    mask[::2] = addition
+    mask[1::4, 20:] = -abs(addition)
+    made = integer_problem(rng, sizes, (dtype,) * 3, mask=mask, **options)
+    results, references = (made.run(context=contexts[which]) for which in (2, "reference"))
+    for result, reference in zip(results, references, strict=True):
+        assert result[:, :, ::2].tobytes() == reference[:, :, ::2].tobytes()
+    assert_within(
+        results[0][:, :, 1::2], made.bounds.at.output[:, :, 1::2], (made.bounds.output + rounding_bound(made))[:, :, 1::2], "output"
+    )
+    assert results[0][:, :, 1::4].tobytes() != references[0][:, :, 1::4].tobytes(), "the integer kernel must have run"
+
+
+@pytest.mark.parametrize("addition", [-5000, 5000])
+def test_attention__scores_rather_far_from_0__cost_no_more_than_their_rounding(addition, contexts, rng):
+    """What is taken off is the highest score, not a rounded sum with it."""
+    sizes = Sizes(rows=70, columns=300, channels=40, value_channels=24)
+    made = integer_problem(rng, sizes, ("int8", "int4", "int4"), mask=np.full((1, 1), addition, np.float32))
+    output, logsumexp = made.run(context=contexts[2])
+    unit = np.spacing(np.float32(abs(addition) / np.log(2)))  # of binary logarithms of weights, rounded a few times
+    bound = made.bounds.output + rounding_bound(made) + 2 * unit * np.abs(made.value.real).max()
+    assert_within(output, made.bounds.at.output, bound, "output")
+    assert output.tobytes() != made.run(context=contexts["reference"])[0].tobytes(), "the integer kernel must have run"
+
+
 def with_zero_point(operand: Operand, zero_point: int) -> Operand:
     """The same codes with another zero point, the same for all."""
     argument = operand.argument

@@ -57,6 +57,8 @@ size_t AGAIN_ROWS_BYTES(const cpu_attention* attention);
 
 enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES, FETCH_NEIGHBOURS = 1 };
 
+static const float FARTHEST_SCORE = INFINITY;
+
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
 /* Keys and values of some columns, as FP32 numbers. */

@@ -9,7 +9,7 @@
  *   add_weighted(sums, lanes, codes)  the same of weights and values
  *   LANES_OF_ONES, SIGNED_ONES        lanes and codes that are all 1, where there is a bias
  *   interleave_rows()                 writes STEP rows of bytes as [channel][STEP] codes, plus VALUE_BIAS
- *   weight_exp2(x)                    STEP vectors become 2^x within 8e-5 of it; for NO_WEIGHT next to nothing
+ *   weight_exp2(x, factor)            STEP vectors become factor * 2^x within 8e-5 of it; for NO_WEIGHT next to nothing
  *   WEIGHT_FRACTION_BITS              weights are computed as 0 ... 255, times 2 to the power of this
  *   weight_offset, weight_offset_of() an offset of a weight, as rounding uses it
  *   weight_offset_place(column)       where that of a column lies

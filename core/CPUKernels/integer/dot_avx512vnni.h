@@ -20,13 +20,13 @@ INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector cod
 }
 
 /* 2^floor(x) from the exponent, the rest from the polynomial of least relative error on 0 ... 1. */
-INLINE void weight_exp2(vector x[STEP]) {
+INLINE void weight_exp2(vector x[STEP], const float factor) {
     for (int k = 0; k < STEP; k++) {
         const __m512 rest = _mm512_reduce_ps((__m512)x[k], 0x09); /* x - floor(x) */
-        __m512 power = _mm512_set1_ps(0.07802452f);
-        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.22606716f));
-        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69583356f));
-        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.9999252f));
+        __m512 power = _mm512_set1_ps(0.07802452f * factor);
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.22606716f * factor));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.69583356f * factor));
+        power = _mm512_fmadd_ps(power, rest, _mm512_set1_ps(0.9999252f * factor));
         x[k] = (vector)_mm512_scalef_ps(power, (__m512)x[k]);
     }
 }

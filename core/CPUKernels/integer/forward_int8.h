@@ -22,8 +22,9 @@
  *
  * Numerical contract: codes and dot products are exact, the same bits for every instruction set; scores, statistics and the output are FP32;
  * a weight has an error of at most 1/510 of its block's largest (with WEIGHT_FRACTION_BITS, a little more), one below 8/255 of it at most
- * 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-4. Rows whose scores are not finite, and
- * sequences with zero points beyond a byte or extreme scales, are left to the reference kernels (of those, KERNEL_REST is asked first). */
+ * 1/255, without bias; the sum, and so logsumexp, is that of unrounded exponentials within 1e-4. Rows whose scores are not finite, or whose
+ * highest is far from 0, and sequences with zero points beyond a byte or extreme scales, are left to the reference kernels (sequences to
+ * KERNEL_REST first). */
 #include "../shared/naming.h"
 #include "cpu_kernels.h"
 
@@ -69,9 +70,10 @@ enum { LARGEST_CODE = INT8_MAX }; /* of keys and values, less their zero points 
 void AGAIN_ROWS(const cpu_attention* attention, int64_t b, int64_t h, int64_t first_row, int64_t rows, void* memory);
 size_t AGAIN_ROWS_BYTES(const cpu_attention* attention);
 
-enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES, FETCH_NEIGHBOURS = 0 /* they are few bytes */ };
+enum { PANEL_ROWS = KERNEL_PANEL_VECTORS * LANES, LARGEST_WEIGHT = 255, FETCH_NEIGHBOURS = 0 /* they are few bytes */ };
 
-static const float LOG2_255 = 7.99435343685885791f;
+/* Scores carry logarithms of scales: those are lost beside numbers that are much larger. */
+static const float FARTHEST_SCORE = 8192;
 
 /* ---- What is served ------------------------------------------------------------------------------------------------------------------ */
 
@@ -702,7 +704,7 @@ INLINE zero_values take_zero_values(const column_block* block, const score_tile*
 INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, vector offset, zero_values zeros) {
     const score_tile* tile = &panel->tile;
     const row_statistics* statistics = &panel->statistics;
-    const vector shift = LOG2_255 + WEIGHT_FRACTION_BITS - vector_select(highest == NO_WEIGHT, vector_of(0), highest);
+    const vector reference = vector_select(highest == NO_WEIGHT, vector_of(0), highest);
 
     /* In variables of their own: for all the compiler knows, weights are written over the workspace. */
     const int64_t rows = tile->rows, columns = round_up(tile->columns, STEP);
@@ -715,8 +717,8 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
     for (int64_t column = tile->columns; column < columns; column++) vector_store(scores + column * rows, vector_of(NO_WEIGHT));
     for (int64_t column = 0; column < columns; column += STEP) {
         vector weights[STEP];
-        for (int k = 0; k < STEP; k++) weights[k] = vector_load(scores + (column + k) * rows) + shift;
-        weight_exp2(weights);
+        for (int k = 0; k < STEP; k++) weights[k] = vector_load(scores + (column + k) * rows) - reference;
+        weight_exp2(weights, LARGEST_WEIGHT * (1 << WEIGHT_FRACTION_BITS));
         for (int k = 0; k < STEP; k++) sum += weights[k] * inverses[column + k];
         const int_vector packed = round_weights(weights, offsets + column);
         if (VALUE_BIAS) weight_sum = add_weighted(weight_sum, packed, SIGNED_ONES);
@@ -731,7 +733,7 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
     const vector joined = vector_max(vector_max(old, block), zero_block);
     const vector origin = vector_select(joined == -INFINITY, vector_of(0), joined);
     const vector rescale = vector_exp2(old - origin);
-    const vector factor = vector_exp2(block - origin) * (1.0f / 255.0f);
+    const vector factor = vector_exp2(block - origin) * (1.0f / LARGEST_WEIGHT);
     sum *= factor * (1.0f / (1 << WEIGHT_FRACTION_BITS));
     const vector total = vector_load(statistics->sum + row) * rescale + sum + zeros.sum * vector_exp2(zero_block - origin);
     vector_store(statistics->highest + row, joined);

@@ -10,6 +10,7 @@
  *   load_block()           reads a block of keys and values
  *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns
  *   channel_scales()       what each channel of the output has to be multiplied by, `stride` apart; NULL: nothing
+ *   FARTHEST_SCORE         rows whose highest score, as a binary logarithm, is farther from 0 are computed again
  *   FETCH_NEIGHBOURS       whether rows that follow one another are fetched too, not left to the processor
  *   AGAIN_ROWS             the kernel that computes the rows that this one cannot; AGAIN_FLOAT_STATISTICS says that it is of FP64 arithmetic */
 
@@ -34,7 +35,8 @@ static forward_workspace select_panel(const cpu_attention* attention, const forw
     return selected;
 }
 
-/* Writes the panel's rows. Returns those (bit by bit) that have to be computed again, since a score or a result was not finite. */
+/* Writes the panel's rows. Returns those (bit by bit) that have to be computed again, since a score or a result was not finite, or all scores
+ * are too far from 0. */
 static uint64_t close_panel(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const head_position* at = &tile->position;
@@ -45,6 +47,8 @@ static uint64_t close_panel(const cpu_attention* attention, forward_workspace* p
     uint64_t again = 0;
     for (int64_t row = 0; row < rows; row += LANES) {
         const vector_mask attended = *(const vector_mask*)(statistics->attended + row);
+        const vector highest = vector_load(statistics->highest + row);
+        *(vector_mask*)(tile->infinite + row) |= vector_max(highest, -highest) > FARTHEST_SCORE;
         vector_store(factors + row, vector_select(attended, 1 / vector_load(statistics->sum + row), vector_of(0)));
     }
     for (int64_t row = 0; row < tile->valid_rows && (attention->logsumexp || attention->sinks); row++) {

@@ -169,7 +169,7 @@ INLINE vector vector_exp2(vector x) {
     return x;
 }
 
-/* log2(x) within 1e-7, or half a unit in the last place where that is more, for normal numbers; exact for powers of 2. x = 2^n * m, m between
+/* log2(x) within 1.5e-7 and half a unit in the last place, for normal numbers; exact for powers of 2, finite for infinity. x = 2^n * m, m between
  * the roots of 1/2 and 2: the logarithm of m from the series of the inverse hyperbolic tangent of (m - 1) / (m + 1). */
 INLINE vector vector_log2(vector x) {
     const vector_mask bits = *(const vector_mask*)&x, exponent = (bits - 0x3F3504F3) >> 23; /* the root of 1/2 has these bits */
