@@ -73,7 +73,7 @@ def test_command_line_reports_problems(tmp_path: Path) -> None:
     assert "there is no library at" in answer.stderr
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ELF only")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the symbols of an ELF library")
 def test_library_has_its_own_name_and_stays_loaded() -> None:
     # Worker threads run code of the library: dlclose() must not unmap it.
     answer = subprocess.run(["readelf", "--dynamic", check_abi.LIBRARY], check=True, capture_output=True, text=True).stdout

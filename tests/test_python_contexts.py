@@ -114,7 +114,7 @@ def test_device__unknown(device):
 @pytest.mark.parametrize("device", ["metal", "softmetal"])
 def test_device__not_here(device):
     if umfa.info()["devices"][device]:
-        pytest.skip(f"{device} is here")
+        pytest.skip(f"asks for a device that is absent, and {device} is not")
     with pytest.raises(umfa.DeviceUnavailableError) as caught:
         umfa.MFAContext(device)
     assert caught.value.status == 7

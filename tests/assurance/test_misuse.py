@@ -511,7 +511,7 @@ def test_mfa_create_context_with_options__bad_options__returns_5_and_leaves_the_
 @pytest.mark.parametrize("device", [2, 3])
 def test_mfa_create_context_with_options__absent_device__returns_7(device):
     if lib.mfa_device_is_available(device):
-        pytest.skip("the device is here")
+        pytest.skip("asks for a device that is absent, and this one is not")
     options, handle = native.new("mfa_context_options_t", device=device), ffi.new("mfa_context_t **")
     assert lib.mfa_create_context_with_options(options, handle) == UNAVAILABLE
     assert handle[0] == NULL

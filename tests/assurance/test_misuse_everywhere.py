@@ -264,7 +264,7 @@ def test_every_argument__every_bad_value__is_refused_in_words_and_changes_nothin
     figures.add("misuse", calls_refused_as_documented=count)
 
 
-@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="this is that process")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="this is the process that the test starts under a sanitizer")
 @pytest.mark.skipif(not figures.FULL, reason="the library for a sanitizer takes minutes to build: MFA_ASSURANCE=full")
 @pytest.mark.parametrize("sanitizer", ["address", "undefined"])
 def test_misuse__under_a_sanitizer__is_as_harmless(sanitizer):

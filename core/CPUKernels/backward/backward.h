@@ -260,9 +260,6 @@ static void add_to_query_sums(const cpu_attention* attention, backward_workspace
 
 /* ---- Loading ------------------------------------------------------------------------------------------------------------------------- */
 
-/* LANES numbers in a caller's memory. */
-typedef vector __attribute__((aligned(1), may_alias)) vector_in_memory;
-
 /* Rows of a tensor, [rows][pitch], with 0 behind their channels. Returns whether all are finite. */
 static bool load_tile(const cpu_tensor* tensor, int64_t b, int64_t h, int64_t first_row, int64_t rows, int64_t channels, real* tile,
                       int64_t pitch) {

@@ -141,7 +141,6 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
 
 /* Whether all of a block's numbers are finite: x * 0 is NaN for those that are not. Rows are whole vectors. */
 static bool block_is_finite(const real* block, int64_t pitch, int64_t columns, int64_t channels) {
-    typedef vector __attribute__((aligned(4))) vector_in_memory;
     vector probe = vector_of(0);
     for (int64_t column = 0; column < columns; column++) {
         const real* row = block + column * pitch;

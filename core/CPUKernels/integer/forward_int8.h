@@ -276,34 +276,20 @@ static const int8_t* load_differences(const cpu_tensor* tensor, int64_t b, int64
     return scratch;
 }
 
-typedef lane_code sixteen_lanes __attribute__((ext_vector_type(16)));
-typedef sixteen_lanes sixteen_lanes_in_memory __attribute__((aligned(sizeof(lane_code))));
-typedef signed_code sixteen_signed __attribute__((ext_vector_type(16)));
-typedef sixteen_signed sixteen_signed_in_memory __attribute__((aligned(sizeof(signed_code))));
-
-/* A row's codes as lanes hold them, QUERY_BIAS added, those behind the last channel 0. */
-static void write_query_codes(const int8_t* codes, int64_t channels, int64_t padded, lane_code* out) {
+/* A row's codes as products take them, plus a bias; those behind the last channel are 0 before it. */
+static void write_codes(const int8_t* codes, int64_t channels, int64_t padded, signed_code bias, signed_code* out) {
+    typedef signed_code sixteen_written __attribute__((ext_vector_type(16)));
+    typedef sixteen_written sixteen_written_in_memory __attribute__((aligned(sizeof(signed_code))));
     int64_t d = 0;
     for (; d + 16 <= channels; d += 16) {
         const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
-        *(sixteen_lanes_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_lanes) + (lane_code)QUERY_BIAS;
+        *(sixteen_written_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_written) + bias;
     }
-    for (; d < padded; d++) out[d] = (lane_code)((d < channels ? codes[d] : 0) + QUERY_BIAS);
-}
-
-/* A row's codes as all lanes share them. */
-static void write_key_codes(const int8_t* codes, int64_t channels, signed_code* out) {
-    int64_t d = 0;
-    for (; d + 16 <= channels; d += 16) {
-        const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
-        *(sixteen_signed_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_signed);
-    }
-    for (; d < channels; d++) out[d] = codes[d];
+    for (; d < padded; d++) out[d] = (signed_code)((d < channels ? codes[d] : 0) + bias);
 }
 
 /* The dot product of a row's codes with channel means. */
 static float multiply_means(const int8_t* codes, const float* means, int64_t channels) {
-    typedef vector __attribute__((aligned(4))) vector_in_memory;
     vector sums = vector_of(0);
     int64_t d = 0;
     for (; d + LANES <= channels; d += LANES) {
@@ -347,7 +333,8 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
         const float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
         panel->query_scales[row] = scale;
         if (means) panel->mean_scores[row] = scale * multiply_means(differences, means, head_dim);
-        write_query_codes(differences, head_dim, steps * STEP, (lane_code*)(panel->rows + row * panel->row_pitch));
+        signed_code* codes = (signed_code*)(panel->rows + row * panel->row_pitch); /* lanes' codes have as many bits */
+        write_codes(differences, head_dim, steps * STEP, (signed_code)QUERY_BIAS, codes);
     }
     /* STEP codes have the size of a number. */
     transpose_floats(panel->rows, panel->row_pitch, rows, steps, (float*)panel->query, rows);
@@ -413,7 +400,7 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
         for (int64_t column = 0; column < columns; column++) {
             int8_t scratch[CPU_MAX_HEAD_DIM];
             const int8_t* differences = load_differences(key, at->b, at->kv_head, first_column + column, head_dim, scratch);
-            write_key_codes(differences, head_dim, block->key_memory + column * block->key_pitch);
+            write_codes(differences, head_dim, head_dim, 0, block->key_memory + column * block->key_pitch);
         }
     }
     if (QUERY_BIAS) sum_keys(block, columns, key_pitch_of(attention));

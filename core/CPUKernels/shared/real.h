@@ -19,6 +19,7 @@ enum { LANES = 16 };
 #endif
 
 typedef real vector __attribute__((ext_vector_type(LANES)));
+typedef vector __attribute__((aligned(1), may_alias)) vector_in_memory; /* a caller's, at any address */
 /* What comparing vectors gives, whichever of the integer types of that width it is: a lane is 0 or -1. */
 typedef __typeof__((vector){0} < (vector){0}) vector_mask;
 
