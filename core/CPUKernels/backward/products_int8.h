@@ -108,6 +108,19 @@ static real round_row(const real* row, int64_t padded, real limit, number* out) 
     return finite ? largest / limit : NAN;
 }
 
+/* The largest integer that an output gradient becomes: sums of products with codes fit into 32 bits. */
+INLINE real grad_output_limit(int64_t channels) {
+    return minimum(LARGEST_NUMBER, INT32_MAX / (LARGEST_CODE * channels));
+}
+
+/* Makes a row of output gradients what they are multiplied with values as, so that what is taken from these products has the same error:
+ * where one weight is near 1, nearly all of both cancels. */
+static void round_grad_output(real* row, int64_t channels) {
+    number numbers[CPU_MAX_HEAD_DIM];
+    const real scale = round_row(row, round_up(channels, LANES), grad_output_limit(channels), numbers);
+    for (int64_t d = 0; d < channels; d++) row[d] = numbers[d] * scale;
+}
+
 /* What the keys' codes are short of, [head_dim]; NULL: nothing. */
 static const float* means_of_keys(const cpu_attention* attention, const head_position* at) {
     const cpu_tensor* key = &attention->key;
@@ -125,7 +138,7 @@ static void load_rows_of_tile(const cpu_attention* attention, backward_workspace
     if (attention->grad_key.data) pair_rows(operands->query, rows, head_dim, pitch, operands->query_pairs);
     workspace->grad_output_finite =
         load_tile(&attention->grad_output, at->b, at->h, workspace->first_row, rows, head_dim_v, workspace->grad_output, pitch_v);
-    const real limit = minimum(LARGEST_NUMBER, INT32_MAX / (LARGEST_CODE * head_dim_v));
+    const real limit = grad_output_limit(head_dim_v);
     for (int64_t row = 0; row < rows; row++) {
         operands->grad_output_scales[row] = round_row(workspace->grad_output + row * pitch_v, round_up(head_dim_v, LANES), limit,
                                                       (number*)(operands->grad_output + row * pitch_v / 2));
