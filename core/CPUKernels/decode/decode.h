@@ -35,7 +35,8 @@
 #endif
 
 #define KERNEL_FP64 0
-#define KERNEL_FETCH_RUNS (KERNEL_INTEGER ? 1 : 4) /* codes are few bytes: their kernels wait for products rather than memory */
+/* Codes are few bytes: their kernels wait for products rather than memory. With AVX-512 one run is read fastest (Zen 5). */
+#define KERNEL_FETCH_RUNS (KERNEL_INTEGER || KERNEL_SLICE == 16 ? 1 : 4)
 
 #pragma clang diagnostic push
 #pragma clang diagnostic ignored "-Wpsabi"           /* every function that takes or returns a vector is inlined */
@@ -153,17 +154,20 @@ static int64_t heads_of_item(const cpu_attention* attention) {
 /* Arrays of rows are of the rows of one head of keys, in one block, unless they are of all heads of an item. */
 typedef struct {
     operand key, value;
-    number* query;      /* [heads][rows][padded head_dim] */
-    float* mean_scores; /* [heads][rows]: dot products with the keys' channel means */
-    uint64_t* attended; /* [rows]: which of the block's keys are */
-    float* additions;   /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
-    float* scores;      /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
+    number* query;        /* [heads][rows][padded head_dim] */
+    float* mean_scores;   /* [heads][rows]: dot products with the keys' channel means */
+    uint64_t* attended;   /* [rows]: which of the block's keys are */
+    float* additions;     /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
+    float* scores;        /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
+    float* block_highest; /* [rows]: the highest score */
+    bool* block_is_nan;   /* [rows]: any score */
 #if KERNEL_INTEGER
-    float* query_scales; /* [heads][rows] */
-    float* query_sums;   /* [heads][rows]: of the row's numbers */
-    number* weights;     /* [rows][BLOCK_KEYS] */
-    float* factors;      /* [rows]: what the block's weighted sums are multiplied by */
-    float* excess;       /* [rows]: what bias and zero points add to those */
+    float* query_scales;    /* [heads][rows] */
+    float* query_sums;      /* [heads][rows]: of the row's numbers */
+    number* weights;        /* [rows][BLOCK_KEYS] */
+    float* largest_weights; /* [rows] */
+    float* factors;         /* [rows]: what the block's weighted sums are multiplied by */
+    float* excess;          /* [rows]: what bias and zero points add to those */
 #endif
     float* rescale;        /* [rows] */
     float* block_output;   /* [ROWS][padded head_dim_v] */
@@ -186,10 +190,13 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
     workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, rows * BLOCK_KEYS) : NULL;
     workspace->scores = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
+    workspace->block_highest = workspace_take_reals(&cursor, rows);
+    workspace->block_is_nan = workspace_take(&cursor, rows, sizeof(bool));
 #if KERNEL_INTEGER
     workspace->query_scales = workspace_take_reals(&cursor, all_rows);
     workspace->query_sums = workspace_take_reals(&cursor, all_rows);
     workspace->weights = workspace_take(&cursor, rows * BLOCK_KEYS, sizeof(number));
+    workspace->largest_weights = workspace_take_reals(&cursor, rows);
     workspace->factors = workspace_take_reals(&cursor, rows);
     workspace->excess = workspace_take_reals(&cursor, rows);
 #endif
@@ -259,6 +266,16 @@ static void round_query(const cpu_attention* attention, const head_position* at,
 }
 #endif
 
+/* Puts the numbers of a row in the order of the steps' turns. */
+INLINE void take_turns(const number* in_order, int64_t padded, const int turns, int64_t of_turn, number* out) {
+    for (int64_t first = 0; first < padded; first += turns * of_turn) {
+        for (int64_t n = 0; n < of_turn; n++) {
+#pragma clang loop unroll(full)
+            for (int turn = 0; turn < turns; turn++) out[first + turn * of_turn + n] = in_order[first + n * turns + turn];
+        }
+    }
+}
+
 /* Reads the queries of all rows as the keys' codes are to meet them. */
 static void load_queries(const cpu_attention* attention, const head_position* at, decode_workspace* workspace) {
     const operand* key = &workspace->key;
@@ -288,14 +305,12 @@ static void load_queries(const cpu_attention* attention, const head_position* at
         round_query(attention, at, row, channels, workspace);
 #endif
         number* out = workspace->query + row * padded;
-        const int64_t step = CHANNEL_STEP(key->precision), turns = KEY_TURNS(key->precision);
+        const int turns = KEY_TURNS(key->precision);
         number* in_order = turns == 1 ? out : workspace->row_numbers;
         for (int64_t d = 0; d < padded; d++) in_order[d] = (number)channels[d];
-        for (int64_t first = 0; first < padded && turns > 1; first += step) {
-            for (int64_t turn = 0; turn < turns; turn++) {
-                for (int64_t d = first + turn; d < first + step; d += turns) *out++ = in_order[d];
-            }
-        }
+        const int64_t of_turn = CHANNEL_STEP(key->precision) / turns;
+        if (turns == 2) take_turns(in_order, padded, 2, of_turn, out);
+        if (turns == 4) take_turns(in_order, padded, 4, of_turn, out);
     }
 }
 
@@ -326,33 +341,13 @@ static bool find_attended(const cpu_attention* attention, const head_position* a
     return any != 0;
 }
 
-#if KERNEL_INTEGER
-typedef number vector_of_numbers __attribute__((ext_vector_type(LANES)));
+/* A block's scores become weights in stages, each for all rows: within a row one number waits for the next, and what is of other rows is
+ * computed meanwhile. */
 
-/* Rounds a row's weights to multiples of their largest one's share of LARGEST_NUMBER. */
-static void round_weights(int64_t row, decode_workspace* workspace) {
-    const operand* value = &workspace->value;
-    const float* weights = workspace->scores + row * BLOCK_KEYS;
-    vector highest = vector_of(0), excess = vector_of(0);
-    for (int64_t column = 0; column < value->columns; column += LANES) highest = vector_max(highest, vector_load(weights + column));
-    const float largest = highest_of_lanes(highest);
-    const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
-    const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
-    for (int64_t column = 0; column < value->columns; column += LANES) {
-        const vector shifted = vector_load(weights + column) * factor + ROUND_TO_INTEGER;
-        const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
-        memcpy(workspace->weights + row * BLOCK_KEYS + column, &rounded, sizeof rounded);
-        excess += (shifted - ROUND_TO_INTEGER) * vector_load(value->zero_points + column);
-    }
-    workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
-    workspace->excess[row] = sum_of_lanes(excess);
-}
-#endif
-
-/* Turns a row's dot products with the block into scores and those into weights, and takes them into its partial result. A score that is NaN
- * or +inf makes the sum NaN, and so the row known; one that overflows to -inf has no weight, as it has none by the formulas. */
-static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column,
-                        decode_workspace* workspace) {
+/* Turns a row's dot products with the block into scores and finds their highest. One that overflows to -inf has no weight, as it has none by
+ * the formulas. */
+static void score_row(const cpu_attention* attention, const head_position* at, int64_t row, int64_t first_column,
+                      decode_workspace* workspace) {
     const vector_mask lane_bits = {1 << 0, 1 << 1, 1 << 2,  1 << 3,  1 << 4,  1 << 5,  1 << 6,  1 << 7,
                                    1 << 8, 1 << 9, 1 << 10, 1 << 11, 1 << 12, 1 << 13, 1 << 14, 1 << 15};
     const vector lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -361,22 +356,26 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
     const float slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, place.h) : 0;
     const vector diagonal = vector_of((float)(place.i + at->offset - first_column)) - lanes;
     const uint64_t attended = workspace->attended[row];
-    const int64_t columns = workspace->key.columns;
-    partial_row* partial = workspace->partial[row];
-    const float* value_scales = workspace->value.scales;
+    const int64_t columns = round_up(workspace->key.columns, SIDE_BY_SIDE * LANES);
+    const float *key_scales = workspace->key.scales, *additions = workspace->additions;
+    if (additions) additions += row * BLOCK_KEYS;
     float* scores = workspace->scores + row * BLOCK_KEYS;
+#if KERNEL_INTEGER
+    const float *zero_points = workspace->key.zero_points, query_sum = workspace->query_sums[row],
+                query_scale = workspace->query_scales[row];
+#endif
 
     vector highest = vector_of(-INFINITY);
     vector_mask is_nan = 0;
-    for (int64_t column = 0; column < round_up(columns, SIDE_BY_SIDE * LANES); column += LANES) {
+    for (int64_t column = 0; column < columns; column += LANES) {
         vector score = vector_load(scores + column);
 #if KERNEL_INTEGER
-        score = (score - vector_load(workspace->key.zero_points + column) * workspace->query_sums[row]) * workspace->query_scales[row];
+        score = (score - vector_load(zero_points + column) * query_sum) * query_scale;
 #endif
-        score = score * vector_load(workspace->key.scales + column) + mean_score;
+        score = score * vector_load(key_scales + column) + mean_score;
         score *= scale;
         if (softcap > 0) score = softcap * vector_tanh(score / softcap);
-        if (workspace->additions) score += vector_load(workspace->additions + row * BLOCK_KEYS + column);
+        if (additions) score += vector_load(additions + column);
         if (attention->alibi_slopes) {
             const vector distance = diagonal - (float)column;
             score -= slope * vector_select(distance < 0, -distance, distance);
@@ -387,16 +386,31 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
         is_nan |= score != score;
         vector_store(scores + column, score);
     }
-    partial->attended = true;
+    workspace->block_highest[row] = highest_of_lanes(highest);
+    workspace->block_is_nan[row] = vector_any(is_nan);
+}
 
-    const float block_highest = highest_of_lanes(highest);
+/* Takes the block's highest score into a row's partial result. */
+static void raise_highest(int64_t row, decode_workspace* workspace) {
+    partial_row* partial = workspace->partial[row];
+    const float block_highest = workspace->block_highest[row];
     float rescale = 1;
     if (!(block_highest <= partial->highest)) {
         rescale = real_exp(partial->highest - block_highest);
         partial->highest = block_highest;
     }
-    const float reference = partial->highest;
-    vector sums = vector_of(0);
+    partial->attended = true;
+    workspace->rescale[row] = rescale;
+}
+
+/* Turns a row's scores into weights, and takes their sum into its partial result. A score that is NaN or +inf makes the sum NaN, and so the
+ * row known. */
+static void weigh_row(int64_t row, decode_workspace* workspace) {
+    partial_row* partial = workspace->partial[row];
+    const float reference = partial->highest, *value_scales = workspace->value.scales;
+    const int64_t columns = workspace->key.columns;
+    float* scores = workspace->scores + row * BLOCK_KEYS;
+    vector sums = vector_of(0), highest = vector_of(0);
     for (int64_t column = 0; column < columns; column += SIDE_BY_SIDE * LANES) {
         vector weights[SIDE_BY_SIDE];
         for (int n = 0; n < SIDE_BY_SIDE; n++) {
@@ -405,14 +419,58 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
         vectors_exp2(weights, SIDE_BY_SIDE);
         for (int n = 0; n < SIDE_BY_SIDE; n++) {
             sums += weights[n];
-            vector_store(scores + column + n * LANES, weights[n] * vector_load(value_scales + column + n * LANES));
+            const vector weight = weights[n] * vector_load(value_scales + column + n * LANES);
+            highest = vector_max(highest, weight);
+            vector_store(scores + column + n * LANES, weight);
         }
     }
-    const bool is_known = !vector_any(is_nan) && reference - reference == 0; /* exponentials do not tell */
-    partial->sum = partial->sum * rescale + (is_known ? sum_of_lanes(sums) : NAN);
-    workspace->rescale[row] = rescale;
+    const bool is_known = !workspace->block_is_nan[row] && reference - reference == 0; /* exponentials do not tell */
+    partial->sum = partial->sum * workspace->rescale[row] + (is_known ? sum_of_lanes(sums) : NAN);
 #if KERNEL_INTEGER
-    round_weights(row, workspace);
+    workspace->largest_weights[row] = highest_of_lanes(highest);
+#endif
+}
+
+#if KERNEL_INTEGER
+typedef number vector_of_numbers __attribute__((ext_vector_type(LANES)));
+
+/* Rounds a row's weights to multiples of their largest one's share of LARGEST_NUMBER. */
+static void round_weights(int64_t row, decode_workspace* workspace) {
+    const float *weights = workspace->scores + row * BLOCK_KEYS, *zero_points = workspace->value.zero_points;
+    const int64_t columns = workspace->value.columns;
+    number* rounded_weights = workspace->weights + row * BLOCK_KEYS;
+    const float largest = workspace->largest_weights[row];
+    const bool vanishes = largest < FLT_MIN * LARGEST_NUMBER;
+    const float factor = vanishes ? 0 : LARGEST_NUMBER / largest;
+    vector excess = vector_of(0);
+    for (int64_t column = 0; column < columns; column += LANES) {
+        const vector shifted = vector_load(weights + column) * factor + ROUND_TO_INTEGER;
+        const vector_of_numbers rounded = __builtin_convertvector(*(const vector_mask*)&shifted, vector_of_numbers);
+        memcpy(rounded_weights + column, &rounded, sizeof rounded);
+        excess += (shifted - ROUND_TO_INTEGER) * vector_load(zero_points + column);
+    }
+    workspace->factors[row] = vanishes ? 0 : largest / LARGEST_NUMBER;
+    workspace->excess[row] = sum_of_lanes(excess);
+}
+#endif
+
+/* The block's weights of all rows. */
+static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t first_column, decode_workspace* workspace) {
+    const int64_t rows = group_rows(attention);
+    const uint64_t* attended = workspace->attended;
+    for (int64_t row = 0; row < rows; row++) {
+        if (attended[row]) score_row(attention, at, row, first_column, workspace);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        if (attended[row]) raise_highest(row, workspace);
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        if (attended[row]) weigh_row(row, workspace);
+    }
+#if KERNEL_INTEGER
+    for (int64_t row = 0; row < rows; row++) {
+        if (attended[row]) round_weights(row, workspace);
+    }
 #endif
 }
 
@@ -599,9 +657,7 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
         multiply_key_block(key, minimum(ROWS, rows - row), workspace->query + row * key->padded, workspace->scores + row * BLOCK_KEYS,
                            &fetched.with_keys);
     }
-    for (int64_t row = 0; row < rows; row++) {
-        if (workspace->attended[row]) weigh_block(attention, &head->at, row, column, workspace);
-    }
+    weigh_block(attention, &head->at, column, workspace);
     gather_block(value); /* not before: they were fetched meanwhile */
     for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.with_values, workspace);
 }
