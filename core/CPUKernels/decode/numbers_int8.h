@@ -6,8 +6,8 @@
  * factors, is taken off together with zero points.
  *
  * Queries that are quantised by rows are taken as they are, others are rounded to 16 bits: an error of at most 1/65534 of the row's largest
- * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most
- * 1024 / SLICE channels, or BLOCK_KEYS keys, of 32767 * 255 each. */
+ * number. Weights are rounded to 15 bits: at most 1/65534 of the largest weight of their block. Sums do not overflow: at most 256
+ * channels (those of 4 lanes of 16, or of 2 of 8), or BLOCK_KEYS keys, of 32767 * 255 each. */
 
 #include "../shared/pairs.h"
 
@@ -58,6 +58,22 @@ INLINE accumulator add_products(accumulator before, numbers a, numbers b) {
 
 INLINE slice slice_of_sums(accumulator values) {
     return __builtin_convertvector(values, slice);
+}
+
+/* The sums of the lanes of SLICE accumulators, each by the same tree: as integers while those hold them. */
+INLINE slice add_lanes(const accumulator totals[SLICE]) {
+    slice groups[SLICE / 4];
+#pragma clang loop unroll(full)
+    for (int group = 0; group < SLICE / 4; group++) {
+        const accumulator* four = totals + group * 4;
+        const accumulator first = ADD_HALVES(four[0], four[1]), second = ADD_HALVES(four[2], four[3]);
+#if KERNEL_SLICE == 16
+        groups[group] = slice_of_sums(ADD_QUARTERS(first, second));
+#else
+        groups[group] = ADD_QUARTERS(slice_of_sums(first), slice_of_sums(second));
+#endif
+    }
+    return add_all_groups(groups);
 }
 
 #if KERNEL_SLICE == 8

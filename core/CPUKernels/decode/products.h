@@ -78,12 +78,7 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
         }
         float products[MOST_SUMS];
 #pragma clang loop unroll(full)
-        for (int n = 0; n < rows * keys; n += SLICE) {
-            slice slices[SLICE];
-#pragma clang loop unroll(full)
-            for (int k = 0; k < SLICE; k++) slices[k] = slice_of_sums(totals[n + k]);
-            slice_store(products + n, add_lanes(slices));
-        }
+        for (int n = 0; n < rows * keys; n += SLICE) slice_store(products + n, add_lanes(totals + n));
 #pragma clang loop unroll(full)
         for (int row = 0; row < rows; row++) {
             memcpy(scores + row * BLOCK_KEYS + column, products + row * keys, (size_t)keys * sizeof(float));

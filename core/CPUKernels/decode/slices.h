@@ -22,29 +22,29 @@ INLINE slice slice_of(float value) {
     return (slice)value;
 }
 
-/* The first half of adding up each group of four lanes: two sums of `a` and two of `b`, in turn. */
-INLINE slice add_halves(slice a, slice b) {
+/* The first half of adding up each group of four lanes, of floats or integers: two sums of `a` and two of `b`, in turn. */
 #if KERNEL_SLICE == 4
-    return __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#define ADD_HALVES(a, b) (__builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7))
 #elif KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+#define ADD_HALVES(a, b) \
+    (__builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) + __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15))
 #else
-    return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
-           __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#define ADD_HALVES(a, b)                                                                       \
+    (__builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) + \
+     __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31))
 #endif
-}
 
-/* The second half: the sums of add_halves() added, those of `a` first. */
-INLINE slice add_quarters(slice a, slice b) {
+/* The second half: what ADD_HALVES made added, the sums of `a` first. */
 #if KERNEL_SLICE == 4
-    return __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+#define ADD_QUARTERS(a, b) (__builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7))
 #elif KERNEL_SLICE == 8
-    return __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+#define ADD_QUARTERS(a, b) \
+    (__builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) + __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15))
 #else
-    return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-           __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#define ADD_QUARTERS(a, b)                                                                     \
+    (__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) + \
+     __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
 #endif
-}
 
 #if KERNEL_SLICE > 4
 /* Neighbouring groups of four lanes added: the sums of `a`, then those of `b`. */
@@ -58,14 +58,8 @@ INLINE slice add_groups(slice a, slice b) {
 }
 #endif
 
-/* The sums of the lanes of SLICE slices, each by the same tree. */
-INLINE slice add_lanes(const slice slices[SLICE]) {
-    slice groups[SLICE / 4];
-#pragma clang loop unroll(full)
-    for (int group = 0; group < SLICE / 4; group++) {
-        const slice* of_group = slices + group * 4;
-        groups[group] = add_quarters(add_halves(of_group[0], of_group[1]), add_halves(of_group[2], of_group[3]));
-    }
+/* The sums of SLICE slices, of each the sums of its groups of four lanes, of four slices in turn. */
+INLINE slice add_all_groups(const slice groups[SLICE / 4]) {
 #if KERNEL_SLICE == 4
     return groups[0];
 #elif KERNEL_SLICE == 8
