@@ -252,6 +252,20 @@ def test_attention__any_zero_points_on_few_rows__equal_the_reference(zero_point,
     check_integers(made, integers)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention__sums_as_large_as_codes_make_them__stay_within_32_bits(sign, floats, integers):
+    """Every channel of the query rounds to the largest number, and every other key has the largest code in all channels."""
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=1, columns=70, channels=1024, value_channels=1024)
+    key, value = (np.ones(shape, np.float32) for shape in (sizes.key, sizes.value))
+    key[:, :, ::2] *= -1
+    value[:, :, ::3] *= -1
+    codes = [Operand(each, each.dequantize().astype(np.float64)) for each in (umfa.quantize(key, "int8"), umfa.quantize(value, "int8"))]
+    query = np.full(sizes.query, sign, np.float32)
+    made = Problem(sizes, Operand(query, query.astype(np.float64)), *codes, {"scale": 1e-3})
+    check(made, context=floats)
+    check_integers(made, integers)
+
+
 # ---- Bits --------------------------------------------------------------------------------------------------------------------------------
 
 
