@@ -59,8 +59,8 @@ def run(*command: str | Path, folder: Path | None = None, apt: Path | None = Non
 
 
 def mirrors() -> list[str]:
-    """The addresses that apt takes Debian packages from on this machine."""
-    listing = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages")
+    """The addresses that apt takes Debian packages from on this machine, whether or not it has fetched its lists yet."""
+    listing = run("apt-get", "indextargets", "--no-release-info", "--format", "$(SITE)", "Created-By: Packages")
     return [uri for uri in dict.fromkeys(listing.split()) if re.search(r"/debian/?$", uri)]
 
 
