@@ -116,7 +116,7 @@ INLINE real grad_output_limit(int64_t channels) {
 /* Makes a row of output gradients what they are multiplied with values as, so that what is taken from these products has the same error:
  * where one weight is near 1, nearly all of both cancels. */
 static void round_grad_output(real* row, int64_t channels) {
-    number numbers[CPU_MAX_HEAD_DIM];
+    _Alignas(CACHE_LINE) number numbers[CPU_MAX_HEAD_DIM]; /* whole vectors are stored */
     const real scale = round_row(row, round_up(channels, LANES), grad_output_limit(channels), numbers);
     for (int64_t d = 0; d < channels; d++) row[d] = numbers[d] * scale;
 }
