@@ -37,18 +37,6 @@ INLINE slice slice_of_sums(accumulator values) {
     return values;
 }
 
-/* The sums of the lanes of SLICE accumulators, each by the same tree. */
-INLINE slice add_lanes(const accumulator totals[SLICE]) {
-    slice groups[SLICE / 4];
-#pragma clang loop unroll(full)
-    for (int group = 0; group < SLICE / 4; group++) {
-        const accumulator* four = totals + group * 4;
-        const slice first = ADD_HALVES(four[0], four[1]), second = ADD_HALVES(four[2], four[3]);
-        groups[group] = ADD_QUARTERS(first, second);
-    }
-    return add_all_groups(groups);
-}
-
 /* Half 0 or 1 of a step: its numbers, or its codes less the zero point (where `shifted`). Of INT4, half 0 holds the even channels and half 1
  * the odd ones. */
 INLINE numbers load_key(const cpu_precision precision, const bool shifted, const char* step, const int half, slice zero_point) {

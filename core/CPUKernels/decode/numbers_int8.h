@@ -60,22 +60,6 @@ INLINE slice slice_of_sums(accumulator values) {
     return __builtin_convertvector(values, slice);
 }
 
-/* The sums of the lanes of SLICE accumulators, each by the same tree: as integers while those hold them. */
-INLINE slice add_lanes(const accumulator totals[SLICE]) {
-    slice groups[SLICE / 4];
-#pragma clang loop unroll(full)
-    for (int group = 0; group < SLICE / 4; group++) {
-        const accumulator* four = totals + group * 4;
-        const accumulator first = ADD_HALVES(four[0], four[1]), second = ADD_HALVES(four[2], four[3]);
-#if KERNEL_SLICE == 16
-        groups[group] = slice_of_sums(ADD_QUARTERS(first, second));
-#else
-        groups[group] = ADD_QUARTERS(slice_of_sums(first), slice_of_sums(second));
-#endif
-    }
-    return add_all_groups(groups);
-}
-
 #if KERNEL_SLICE == 8
 /* Sixteen bytes as 16-bit integers. */
 INLINE numbers widened_codes(const char* bytes) {

@@ -39,6 +39,28 @@
 
 enum { MOST_KEYS_AT_ONCE = KEYS_AT_ONCE(1), MOST_SUMS = KEYS_AT_ONCE(ROWS) * ROWS, KEYS_BETWEEN_FETCHES = 8 };
 
+/* The sums of the lanes of SLICE accumulators, each by the same tree: integers as such for as long as 32 bits hold them. */
+INLINE slice add_lanes(const accumulator totals[SLICE]) {
+    slice groups[SLICE / 4];
+#pragma clang loop unroll(full)
+    for (int group = 0; group < SLICE / 4; group++) {
+        const accumulator* four = totals + group * 4;
+        const accumulator first = ADD_HALVES(four[0], four[1]), second = ADD_HALVES(four[2], four[3]);
+#if KERNEL_SLICE == 16
+        groups[group] = slice_of_sums(ADD_QUARTERS(first, second));
+#else
+        groups[group] = ADD_QUARTERS(slice_of_sums(first), slice_of_sums(second));
+#endif
+    }
+#if KERNEL_SLICE == 4
+    return groups[0];
+#elif KERNEL_SLICE == 8
+    return add_groups(groups[0], groups[1]);
+#else
+    return add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
+#endif
+}
+
 /* Dot products of `rows` queries with the block's keys: scores[row][BLOCK_KEYS]. */
 INLINE void multiply_keys(const cpu_precision precision, const bool shifted, const int rows, const operand* key, const number* query,
                           float* scores, row_stream* stream) {

@@ -58,17 +58,6 @@ INLINE slice add_groups(slice a, slice b) {
 }
 #endif
 
-/* The sums of SLICE slices, of each the sums of its groups of four lanes, of four slices in turn. */
-INLINE slice add_all_groups(const slice groups[SLICE / 4]) {
-#if KERNEL_SLICE == 4
-    return groups[0];
-#elif KERNEL_SLICE == 8
-    return add_groups(groups[0], groups[1]);
-#else
-    return add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
-#endif
-}
-
 /* The highest of a vector's lanes. */
 INLINE float highest_of_lanes(vector values) {
     vector highest = vector_max(values, __builtin_shufflevector(values, values, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
