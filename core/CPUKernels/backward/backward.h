@@ -800,9 +800,7 @@ static void sum_products_with_output(const cpu_attention* attention, const head_
     for (int64_t row = first_row; row < first_row + rows; row++) {
         load_tile(&attention->output, b, h, row, 1, channels, output, pitch);
         load_tile(&attention->grad_output, b, h, row, 1, channels, grad_output, pitch);
-#if KERNEL_INTEGER
         round_grad_output(grad_output, channels);
-#endif
         vector products = vector_of(0);
         for (int64_t channel = 0; channel < channels; channel += LANES) {
             products += vector_load(output + channel) * vector_load(grad_output + channel);

@@ -20,6 +20,11 @@ static void load_keys_and_values(const cpu_attention* attention, backward_worksp
     if (!operands->keys_finite) clear_what_is_not_finite(operands->key, workspace->pitch, columns, attention->head_dim);
 }
 
+/* Output gradients are multiplied as they are. */
+static void round_grad_output(const real* row, int64_t channels) {
+    (void)row, (void)channels;
+}
+
 /* Queries and output gradients of the tile's rows. */
 static void load_rows_of_tile(const cpu_attention* attention, backward_workspace* workspace) {
     const head_position* at = &workspace->position;
