@@ -4,7 +4,7 @@
  *   KERNEL_SUFFIX         the end of the kernel's name, such as int8_avx2
  *   KERNEL_AGAIN_SUFFIX   the reference kernels that compute what this one leaves
  *   KERNEL_TARGET         the instruction set as a target attribute string
- *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 4
+ *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 2
  *   KERNEL_DOT            the header with the products of that instruction set: its comment says what it defines
  *   KERNEL_REST           the kernel of this template that computes sequences with larger codes, where KERNEL_DOT serves small ones alone
  *
@@ -556,20 +556,69 @@ INLINE void accumulate_products(const int vectors, const int count, int64_t step
     }
 }
 
-/* Scores of `count` keys against the panel. */
-INLINE void multiply_keys(const int vectors, const int count, int64_t steps, const signed_code* keys, int64_t pitch, const int32_t* offsets,
-                          const lane_code* query, int32_t* scores, upcoming_rows* upcoming) {
+/* What is found of a vector of rows while its scores are computed, as binary logarithms of weights. */
+typedef struct {
+    vector highest;
+    vector_mask any; /* whether a column is attended */
+} scan;
+
+/* How the products of keys are left in tile.scores. */
+typedef enum {
+    AS_PRODUCTS,           /* as they are, int32 */
+    AS_LOGARITHMS,         /* of weights, where scores are plain and all rows attend the columns */
+    AS_LOGARITHMS_LIMITED, /* where some may not: NO_WEIGHT then */
+} left_products;
+
+/* The logarithm of a column's weight. */
+INLINE vector weigh_column(const score_tile* tile, int64_t column, int64_t row, int_vector product, vector scale, float value_log,
+                           const bool limited, scan* scan) {
+    vector logarithm = __builtin_convertvector(product, vector) * scale + value_log;
+    if (limited) {
+        const vector_mask attended = attended_rows(tile, column, row);
+        scan->any |= attended;
+        logarithm = vector_select(attended, logarithm, vector_of(NO_WEIGHT));
+    }
+    scan->highest = vector_max(scan->highest, logarithm);
+    return logarithm;
+}
+
+/* What keys are multiplied with and become. In variables of their own: for all the compiler knows, scores are written over the workspace. */
+typedef struct {
+    const signed_code* keys;
+    const lane_code* query;
+    const int32_t* offsets;
+    const float *scales, *value_logs; /* of keys */
+    vector query_scales[KERNEL_PANEL_VECTORS];
+    scan scans[KERNEL_PANEL_VECTORS];
+    int64_t pitch, steps;
+    float* scores;
+} key_product;
+
+/* Scores of `count` keys from `first` on against the panel. */
+INLINE void multiply_keys(const int vectors, const int count, const left_products left, int64_t first, const score_tile* tile,
+                          key_product* product, upcoming_rows* upcoming) {
     int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) sums[k][v] = QUERY_BIAS ? (int_vector)offsets[k] : (int_vector)0;
+        for (int v = 0; v < vectors; v++) sums[k][v] = QUERY_BIAS ? (int_vector)product->offsets[first + k] : (int_vector)0;
     }
-    accumulate_products(vectors, count, steps, query, keys, STEP, pitch, false, sums);
+    accumulate_products(vectors, count, product->steps, product->query, product->keys + first * product->pitch, STEP, product->pitch, false,
+                        sums);
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
 #pragma clang loop unroll(full)
-        for (int v = 0; v < vectors; v++) *(int_vector*)(scores + (k * vectors + v) * LANES) = sums[k][v];
+        for (int v = 0; v < vectors; v++) {
+            float* at = product->scores + ((first + k) * vectors + v) * LANES;
+            if (left == AS_PRODUCTS) {
+                *(int_vector*)at = sums[k][v];
+            } else {
+                const vector scale = product->query_scales[v] * product->scales[first + k];
+                const bool limited = left == AS_LOGARITHMS_LIMITED;
+                vector_store(at, weigh_column(tile, first + k, v * LANES, sums[k][v], scale, product->value_logs[first + k], limited,
+                                              &product->scans[v]));
+            }
+        }
     }
     fetch_upcoming(upcoming);
 }
@@ -615,14 +664,49 @@ INLINE void multiply_values(const int vectors, const int count, int64_t steps, c
         }                                                                                                                \
     } while (0)
 
-INLINE void compute_dot_products_of(const int vectors, const forward_workspace* panel, int64_t steps) {
+INLINE key_product product_of_keys(const int vectors, const forward_workspace* panel, int64_t steps) {
     const column_block* block = &panel->block;
-    int32_t* scores = (int32_t*)panel->tile.scores;
-#define MULTIPLY_KEYS(n, count)                                                                                                          \
-    multiply_keys(vectors, count, steps, block->keys + (n) * block->key_pitch, block->key_pitch, block->key_offsets + (n), panel->query, \
-                  scores + (n) * vectors * LANES, panel->upcoming)
+    key_product product = {
+        .keys = block->keys,
+        .query = panel->query,
+        .offsets = block->key_offsets,
+        .scales = block->key_scales,
+        .value_logs = block->value_logs,
+        .pitch = block->key_pitch,
+        .steps = steps,
+        .scores = panel->tile.scores,
+    };
+    const column_range whole = panel->tile.whole;
+    const vector_mask any = whole.first < whole.last ? (vector_mask)(real_bits)-1 : (vector_mask)(real_bits)0;
+    for (int v = 0; v < vectors; v++) {
+        product.query_scales[v] = vector_load(panel->query_scales + v * LANES);
+        product.scans[v] = (scan){vector_of(NO_WEIGHT), any};
+    }
+    return product;
+}
+
+/* Products of the block's keys with the panel. */
+INLINE void compute_products_of(const int vectors, const forward_workspace* panel, int64_t steps) {
+    key_product product = product_of_keys(vectors, panel, steps);
+#define MULTIPLY_KEYS(n, count) multiply_keys(vectors, count, AS_PRODUCTS, n, &panel->tile, &product, panel->upcoming)
     BY_PRODUCT_ROWS(panel->tile.columns, MULTIPLY_KEYS);
 #undef MULTIPLY_KEYS
+}
+
+/* Plain scores of the block's keys, as logarithms of weights. */
+INLINE void compute_logarithms_of(const int vectors, const forward_workspace* panel, int64_t steps, scan scans[KERNEL_PANEL_VECTORS]) {
+    const column_range whole = panel->tile.whole;
+    const int64_t columns = panel->tile.columns;
+    key_product product = product_of_keys(vectors, panel, steps);
+#define MULTIPLY_KEYS(n, count)                                                                           \
+    if ((n) >= whole.first && (n) + (count) <= whole.last) {                                              \
+        multiply_keys(vectors, count, AS_LOGARITHMS, n, &panel->tile, &product, panel->upcoming);         \
+    } else {                                                                                              \
+        multiply_keys(vectors, count, AS_LOGARITHMS_LIMITED, n, &panel->tile, &product, panel->upcoming); \
+    }
+    BY_PRODUCT_ROWS(columns, MULTIPLY_KEYS);
+#undef MULTIPLY_KEYS
+    for (int v = 0; v < vectors; v++) scans[v] = product.scans[v];
 }
 
 INLINE void accumulate_output_of(const int vectors, const forward_workspace* panel, int64_t channels) {
@@ -634,20 +718,23 @@ INLINE void accumulate_output_of(const int vectors, const forward_workspace* pan
 }
 
 /* Calls the function with the number of vectors of the panel as a constant. */
-#if KERNEL_PANEL_VECTORS > 1
-#define WITH_VECTORS(function, panel, size)                      \
-    switch ((panel)->tile.rows / LANES) {                        \
-    case 1: function(1, panel, size); break;                     \
-    case 2: function(2, panel, size); break;                     \
-    case 3: function(3, panel, size); break;                     \
-    default: function(KERNEL_PANEL_VECTORS, panel, size); break; \
+#if KERNEL_PANEL_VECTORS == 2
+#define WITH_VECTORS(function, panel, ...)                  \
+    if ((panel)->tile.rows == LANES) {                      \
+        function(1, panel, __VA_ARGS__);                    \
+    } else {                                                \
+        function(KERNEL_PANEL_VECTORS, panel, __VA_ARGS__); \
     }
 #else
-#define WITH_VECTORS(function, panel, size) function(1, panel, size);
+#define WITH_VECTORS(function, panel, ...) function(1, panel, __VA_ARGS__);
 #endif
 
-static void compute_dot_products(const forward_workspace* panel, int64_t steps) {
-    WITH_VECTORS(compute_dot_products_of, panel, steps)
+static void compute_products(const forward_workspace* panel, int64_t steps) {
+    WITH_VECTORS(compute_products_of, panel, steps)
+}
+
+static void compute_logarithms(const forward_workspace* panel, int64_t steps, scan found[KERNEL_PANEL_VECTORS]) {
+    WITH_VECTORS(compute_logarithms_of, panel, steps, found)
 }
 
 static void accumulate_output(const forward_workspace* panel, int64_t channels) {
@@ -738,55 +825,15 @@ INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
     return highest;
 }
 
-/* Puts the logarithms of a column's weights in place of its dot products, and returns them. */
-INLINE vector weigh_column(const score_tile* tile, int64_t column, int64_t row, float* at, vector scale, float value_log, const bool full,
-                           vector_mask* any) {
-    vector logarithm = __builtin_convertvector(*(const int_vector*)at, vector) * scale + value_log;
-    if (!full) {
-        const vector_mask attended = attended_rows(tile, column, row);
-        *any |= attended;
-        logarithm = vector_select(attended, logarithm, vector_of(NO_WEIGHT));
-    }
-    vector_store(at, logarithm);
-    return logarithm;
-}
-
-/* What is found of a vector of rows meanwhile: of every other column, lest each wait for the one before. */
-typedef struct {
-    vector highest, highest_odd;
-    vector_mask any; /* whether a column is attended */
-} scan;
-
-/* weigh_column() for columns first ..< last. `full`: all are attended. */
-INLINE void weigh_columns(const forward_workspace* panel, int64_t row, int64_t first, int64_t last, const bool full, scan* scan) {
-    const score_tile* tile = &panel->tile;
-    const int64_t rows = tile->rows;
-    const vector scale = vector_load(panel->query_scales + row);
-    const float *key_scales = panel->block.key_scales, *value_logs = panel->block.value_logs;
-    float* scores = tile->scores + row;
-    if (full && first < last) scan->any = (vector_mask)(real_bits)-1;
-#define WEIGH_COLUMN(column) \
-    weigh_column(tile, column, row, scores + (column) * rows, scale * key_scales[column], value_logs[column], full, &scan->any)
-    int64_t column = first;
-    for (; column + 1 < last; column += 2) {
-        scan->highest = vector_max(scan->highest, WEIGH_COLUMN(column));
-        scan->highest_odd = vector_max(scan->highest_odd, WEIGH_COLUMN(column + 1));
-    }
-    if (column < last) scan->highest = vector_max(scan->highest, WEIGH_COLUMN(column));
-#undef WEIGH_COLUMN
-}
-
 /* A block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
 static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
+    scan scans[KERNEL_PANEL_VECTORS];
+    compute_logarithms(panel, steps_of(attention->head_dim), scans);
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        scan scan = {vector_of(NO_WEIGHT), vector_of(NO_WEIGHT), 0};
-        weigh_columns(panel, row, 0, tile->whole.first, false, &scan);
-        weigh_columns(panel, row, tile->whole.first, tile->whole.last, true, &scan);
-        weigh_columns(panel, row, tile->whole.last, tile->columns, false, &scan);
-        const vector_mask any = scan.any;
-        vector highest = vector_max(scan.highest, scan.highest_odd);
+        const vector_mask any = scans[row / LANES].any;
+        vector highest = scans[row / LANES].highest;
         const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
         /* An infinite scale makes a score of 0 NaN, of which neither the highest score nor a weight tells. */
         const vector size = highest + offset, scale = vector_load(panel->query_scales + row) * block->largest_key_scale;
@@ -817,6 +864,7 @@ static void compute_scores(const cpu_attention* attention, forward_workspace* pa
 
 static void weigh_general_block(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
+    compute_products(panel, steps_of(attention->head_dim));
     compute_scores(attention, panel);
     for (int64_t row = 0; row < tile->rows; row += LANES) {
         vector_mask attended = *(vector_mask*)(panel->statistics.attended + row);
@@ -847,7 +895,6 @@ static void begin_item(const cpu_attention* attention, forward_workspace* item) 
 }
 
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
-    compute_dot_products(panel, steps_of(attention->head_dim));
     if (panel->plain) {
         weigh_plain_block(attention, panel);
     } else {
