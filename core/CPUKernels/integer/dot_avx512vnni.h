@@ -15,6 +15,12 @@ INLINE int_vector broadcast_codes(int32_t few) {
     return all;
 }
 
+/* The first `count` codes of a register, whole steps; those behind them, which are not read, are 0. */
+#define LOADS_FEW_CODES 1
+INLINE int_vector load_few_codes(const int8_t* codes, int64_t count) {
+    return (int_vector)_mm512_maskz_loadu_epi32((__mmask16)((1u << (count / STEP)) - 1), codes);
+}
+
 INLINE int_vector add_products(int_vector sums, int_vector lanes, int_vector codes) {
     return (int_vector)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)lanes, (__m512i)codes);
 }

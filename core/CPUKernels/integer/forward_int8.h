@@ -60,6 +60,11 @@ typedef int32_t int_vector __attribute__((ext_vector_type(LANES)));
 
 #include KERNEL_DOT
 
+#ifndef LOADS_FEW_CODES
+#define LOADS_FEW_CODES 0
+#define load_few_codes(codes, count) ((void)(codes), (void)(count), (int_vector)0)
+#endif
+
 #ifndef SHORT_STEPS
 enum { LARGEST_CODE = INT8_MAX }; /* of keys and values, less their zero points */
 #endif
@@ -314,36 +319,55 @@ static void select_queries(const cpu_attention* attention, forward_workspace* se
     selected->mean_scores += first;
 }
 
+/* Where the codes of the panel's rows lie, if they can be moved from there by STEP at once; else NULL. */
+static const int8_t* find_query_codes(const cpu_attention* attention, const score_tile* tile) {
+    const cpu_tensor* query = &attention->query;
+    if (sizeof(signed_code) != 1 || query->precision != CPU_INT8 || query->zero_points || query->strides[3] != 1) return NULL;
+    if (attention->head_dim % STEP != 0 || query->strides[2] % STEP != 0) return NULL;
+    const row_place first = place_of_row(attention, &tile->position, tile->first_row);
+    if (first.i + tile->valid_rows > attention->seq_len_q) return NULL;
+    const int8_t* codes = (const int8_t*)query->data + row_offset(query, tile->position.b, first.h, first.i);
+    return (uintptr_t)codes % sizeof(float) == 0 ? codes : NULL;
+}
+
+/* STEP codes have the size of a number: they are transposed as such. */
 static void open_queries(const cpu_attention* attention, forward_workspace* panel) {
     const score_tile* tile = &panel->tile;
     const head_position* at = &tile->position;
     const cpu_tensor *query = &attention->query, *key = &attention->key;
     const float* means = key->channel_means;
     if (means) means += at->b * key->mean_strides[0] + at->kv_head * key->mean_strides[1];
-    const int64_t head_dim = attention->head_dim, steps = steps_of(head_dim), rows = tile->rows;
+    const int64_t head_dim = attention->head_dim, steps = steps_of(head_dim), rows = tile->rows, valid_rows = tile->valid_rows;
+    const int8_t* in_place = find_query_codes(attention, tile);
     int8_t scratch[CPU_MAX_HEAD_DIM];
     for (int64_t row = 0; row < rows; row++) {
         panel->query_scales[row] = 0;
         panel->mean_scores[row] = 0;
     }
-    memset(panel->rows + tile->valid_rows * panel->row_pitch, 0, (size_t)((rows - tile->valid_rows) * panel->row_pitch) * sizeof(real));
-    for (int64_t row = 0; row < tile->valid_rows; row++) {
+    for (int64_t row = 0; row < valid_rows; row++) {
         const row_place place = place_of_row(attention, at, tile->first_row + row);
-        const int8_t* differences = load_differences(query, at->b, place.h, place.i, head_dim, scratch);
         const float scale = query->scales ? query->scales[scale_index(query, at->b, place.h, place.i)] : 1;
         panel->query_scales[row] = scale;
+        if (in_place && !means) continue;
+        const int8_t* differences = load_differences(query, at->b, place.h, place.i, head_dim, scratch);
         if (means) panel->mean_scores[row] = scale * multiply_means(differences, means, head_dim);
-        signed_code* codes = (signed_code*)(panel->rows + row * panel->row_pitch); /* lanes' codes have as many bits */
+        if (in_place) continue;
+        signed_code* codes = (signed_code*)(panel->rows + row * panel->row_pitch);
         write_codes(differences, head_dim, steps * STEP, (signed_code)QUERY_BIAS, codes);
     }
-    /* STEP codes have the size of a number. */
-    transpose_floats(panel->rows, panel->row_pitch, rows, steps, (float*)panel->query, rows);
+    if (valid_rows < rows) memset(panel->query, 0, (size_t)(steps * STEP * rows) * sizeof(lane_code));
+    if (!in_place) {
+        transpose_floats(panel->rows, panel->row_pitch, valid_rows, steps, (float*)panel->query, rows);
+        return;
+    }
+    transpose_floats((const float*)in_place, query->strides[2] / STEP, valid_rows, steps, (float*)panel->query, rows);
+    for (int64_t n = 0; n < steps * STEP * rows && QUERY_BIAS; n++) panel->query[n] ^= (lane_code)QUERY_BIAS;
 }
 
 /* Whether keys are used where they lie. */
 static bool keys_stay(const cpu_attention* attention) {
     return sizeof(signed_code) == 1 && attention->key.precision == CPU_INT8 && attention->key.strides[3] == 1 &&
-           attention->head_dim % (QUERY_BIAS ? CODES : STEP) == 0;
+           attention->head_dim % (QUERY_BIAS && !LOADS_FEW_CODES ? CODES : STEP) == 0;
 }
 
 /* The sums of the lanes of LANES vectors: first within groups of four lanes, then of the groups. */
@@ -370,17 +394,19 @@ INLINE int_vector sums_of_lanes(const int_vector vectors[LANES]) {
            __builtin_shufflevector(pairs[0], pairs[1], 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
 }
 
-/* -QUERY_BIAS times the sum of each key's codes. */
+/* -QUERY_BIAS times the sum of each key's codes, which are whole registers where !LOADS_FEW_CODES. */
 static void sum_keys(const column_block* block, int64_t columns, int64_t codes) {
     typedef int_vector __attribute__((aligned(1))) int_vector_in_memory;
+    const int64_t whole = codes / CODES * CODES;
     for (int64_t column = 0; column < columns; column += LANES) {
         int_vector sums[LANES];
         for (int64_t n = 0; n < LANES; n++) {
             const signed_code* key = block->keys + minimum(column + n, columns - 1) * block->key_pitch;
             sums[n] = 0;
-            for (int64_t d = 0; d < codes; d += CODES) {
+            for (int64_t d = 0; d < whole; d += CODES) {
                 sums[n] = add_products(sums[n], LANES_OF_ONES, *(const int_vector_in_memory*)(key + d));
             }
+            if (whole < codes) sums[n] = add_products(sums[n], LANES_OF_ONES, load_few_codes(key + whole, codes - whole));
         }
         *(int_vector*)(block->key_offsets + column) = sums_of_lanes(sums) * -QUERY_BIAS;
     }
@@ -403,7 +429,7 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
             write_codes(differences, head_dim, head_dim, 0, block->key_memory + column * block->key_pitch);
         }
     }
-    if (QUERY_BIAS) sum_keys(block, columns, key_pitch_of(attention));
+    if (QUERY_BIAS) sum_keys(block, columns, keys_stay(attention) ? head_dim : key_pitch_of(attention));
     const float scale = item->plain ? (float)(attention->softmax_scale / LN_2) : 1;
     load_scales(key, at->b, at->kv_head, first_column, columns, scale, block->key_scales);
     block->largest_key_scale = 0;
