@@ -361,7 +361,9 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
         return;
     }
     transpose_floats((const float*)in_place, query->strides[2] / STEP, valid_rows, steps, (float*)panel->query, rows);
-    for (int64_t n = 0; n < steps * STEP * rows && QUERY_BIAS; n++) panel->query[n] ^= (lane_code)QUERY_BIAS;
+    lane_code* codes = panel->query;
+    const int64_t count = steps * STEP * rows;
+    for (int64_t n = 0; n < count && QUERY_BIAS; n++) codes[n] ^= (lane_code)QUERY_BIAS;
 }
 
 /* Whether keys are used where they lie. */
