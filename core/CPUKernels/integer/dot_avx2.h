@@ -13,8 +13,9 @@
  *   WEIGHT_FRACTION_BITS              weights are computed as 0 ... 255, times 2 to the power of this
  *   weight_offset, weight_offset_of() an offset of a weight, as rounding uses it
  *   weight_offset_place(column)       where that of a column lies
- *   round_weights(weights, offsets)   STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
- *                                     adding the offset of their column
+ *   round_weights(weights, logarithms, offsets)
+ *                                     STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
+ *                                     adding the offset of their column. Their binary logarithms are less log2(255)
  * and where keys and values have to be INT4
  *   LARGEST_CODE                      that keys and values can have, less their zero points
  *   SHORT_STEPS                       steps that 16 bits hold the sums of
@@ -65,6 +66,7 @@ INLINE int64_t weight_offset_place(int64_t column) {
     return column;
 }
 
-INLINE int_vector round_weights(const vector weights[STEP], const weight_offset offsets[STEP]) {
+INLINE int_vector round_weights(const vector weights[STEP], const vector logarithms[STEP], const weight_offset offsets[STEP]) {
+    (void)logarithms;
     return round_pair(weights[0], weights[1], offsets);
 }

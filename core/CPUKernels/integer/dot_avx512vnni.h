@@ -37,10 +37,13 @@ INLINE void weight_exp2(vector x[STEP], const float factor) {
     }
 }
 
-INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
+/* Which weights are small, those below 8, is asked of their logarithms, so that exponentials are not waited for. The limit is less than 8 by
+ * more than the error of one. */
+INLINE int_vector round_weights(vector weights[STEP], const vector logarithms[STEP], const weight_offset offsets[STEP]) {
+    const __m512 small_logarithm = _mm512_set1_ps(-4.9945f); /* log2(8 / 255) - 1.5e-4 */
     for (int k = 0; k < STEP; k++) {
         const __m512 weight = (__m512)weights[k];
-        const __mmask16 small = _mm512_cmp_ps_mask(weight, _mm512_set1_ps(8), _CMP_LT_OQ);
+        const __mmask16 small = _mm512_cmp_ps_mask((__m512)logarithms[k], small_logarithm, _CMP_LT_OQ);
         weights[k] = (vector)_mm512_mask_add_ps(weight, small, weight, _mm512_set1_ps(offsets[k]));
     }
     const __m512i w0 = _mm512_cvtps_epi32((__m512)weights[0]), w1 = _mm512_cvtps_epi32((__m512)weights[1]);

@@ -50,7 +50,8 @@ INLINE int_vector add_weighted(int_vector sums, int_vector lanes, int_vector cod
     BY_QUARTERS(add_weighted_quarter);
 }
 
-INLINE int_vector round_weights(vector weights[STEP], const weight_offset offsets[STEP]) {
+INLINE int_vector round_weights(vector weights[STEP], const vector logarithms[STEP], const weight_offset offsets[STEP]) {
+    (void)logarithms;
     for (int k = 0; k < STEP; k++) weights[k] += vector_select(weights[k] < 8, vector_of(offsets[k]), vector_of(0));
     const vector w0 = weights[0] + ROUND_TO_INTEGER, w1 = weights[1] + ROUND_TO_INTEGER; /* leaves integers in the low bytes */
     const vector w2 = weights[2] + ROUND_TO_INTEGER, w3 = weights[3] + ROUND_TO_INTEGER;

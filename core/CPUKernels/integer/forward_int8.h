@@ -818,11 +818,11 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
     int_vector weight_sum = 0;
     for (int64_t column = tile->columns; column < columns; column++) vector_store(scores + column * rows, vector_of(NO_WEIGHT));
     for (int64_t column = 0; column < columns; column += STEP) {
-        vector weights[STEP];
-        for (int k = 0; k < STEP; k++) weights[k] = vector_load(scores + (column + k) * rows) - reference;
+        vector logarithms[STEP], weights[STEP];
+        for (int k = 0; k < STEP; k++) logarithms[k] = weights[k] = vector_load(scores + (column + k) * rows) - reference;
         weight_exp2(weights, LARGEST_WEIGHT * (1 << WEIGHT_FRACTION_BITS));
         for (int k = 0; k < STEP; k++) sum += weights[k] * inverses[column + k];
-        const int_vector packed = round_weights(weights, offsets + column);
+        const int_vector packed = round_weights(weights, logarithms, offsets + column);
         if (VALUE_BIAS) weight_sum = add_weighted(weight_sum, packed, SIGNED_ONES);
         *(int_vector*)(out + column * rows) = packed;
     }
