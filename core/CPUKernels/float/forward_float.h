@@ -4,7 +4,7 @@
  *   KERNEL_SUFFIX         the end of the kernel's name, such as float_avx2
  *   KERNEL_WIDE_SUFFIX    the reference kernels that compute rows which overflow FP32 arithmetic
  *   KERNEL_TARGET         the instruction set as a target attribute string, or undefined for the architecture's baseline
- *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 4
+ *   KERNEL_PANEL_VECTORS  vectors of query rows in a panel: 1 or 2
  *
  * An item is a tile of query rows of one head, or of all heads that share keys where rows are few. It is cut into panels, which the products
  * work on (panel.h): queries, scores and output lie transposed, a vector being one channel or one key of LANES query rows. A panel's

@@ -5,9 +5,10 @@
  * with scalars of `a` broadcast against vectors of `b`. `b`, `c` and `rescale` are aligned, their rows follow each other. Each element sums
  * over k in order; its value does not depend on the other rows and lanes. Meanwhile `upcoming` rows are fetched, if there are any. */
 
-/* Accumulators fill the registers beside the vectors of b and a scalar of a: with AVX2, 6 rows by one vector of two registers are 12 of 16,
- * with AVX-512, 6 by 4 are 24 of 32, with NEON 6 by one vector of four registers 24 of 32. A rest of four rows still hides the latency of
- * two multiply-adds a cycle, fewer do not. */
+/* Accumulators are as many as registers have room for beside the vectors of b and a scalar of a: with AVX2, 6 rows by one vector of two
+ * registers are 12 of 16, with NEON 6 by one vector of four registers 24 of 32. With AVX-512, 6 by 2 are 12 of 32: as fast as 6 by 4, and
+ * panels of fewer rows leave out more of a causal tile. A rest of four rows still hides the latency of two multiply-adds a cycle, fewer do
+ * not (with AVX2, or two vectors). */
 enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
 
 /* `rows` and `vectors` are constants wherever this is inlined. */
@@ -67,14 +68,13 @@ INLINE void multiply_panel_of(const int vectors, int64_t rows, int64_t depth, co
 /* `lanes` is a multiple of LANES, at most that of a panel. */
 INLINE void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t a_row, int64_t a_depth, const real* b,
                            real* c, const real* rescale, upcoming_rows* upcoming) {
-    switch (lanes / LANES) {
-    case 1: multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
-#if KERNEL_PANEL_VECTORS > 1
-    case 2: multiply_panel_of(2, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
-    case 3: multiply_panel_of(3, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
-    default: multiply_panel_of(4, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming); break;
-#endif
+#if KERNEL_PANEL_VECTORS == 2
+    if (lanes > LANES) {
+        multiply_panel_of(2, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming);
+        return;
     }
+#endif
+    multiply_panel_of(1, rows, depth, a, a_row, a_depth, b, c, rescale, upcoming);
 }
 
 /* c[n][lane] = sum over k of a[n][k] * b[k][lane]. */
