@@ -193,6 +193,12 @@ typedef int32_t chunk_integers __attribute__((ext_vector_type(CHUNK)));
 typedef uint32_t chunk_words __attribute__((ext_vector_type(CHUNK)));
 typedef int8_t chunk_codes __attribute__((ext_vector_type(CHUNK)));
 
+static inline __attribute__((always_inline)) chunk_floats load_whole_chunk(const float* numbers) {
+    chunk_floats chunk;
+    memcpy(&chunk, numbers, sizeof chunk);
+    return chunk;
+}
+
 /* The numbers from channel d on; 0 beyond the last one. */
 static inline __attribute__((always_inline)) chunk_floats load_chunk(const float* row, int64_t d, int64_t channels) {
     chunk_floats numbers = 0;
@@ -462,54 +468,76 @@ static inline value_range range_of_extremes(chunk_extremes extremes) {
     };
 }
 
+/* The magnitudes of some numbers, as bits, taken into the largest of each of CHUNK classes. */
+static inline chunk_integers magnitudes_with(chunk_integers largest, chunk_floats numbers) {
+    chunk_integers bits;
+    memcpy(&bits, &numbers, sizeof bits);
+    return __builtin_elementwise_max(bits & INT32_MAX, largest);
+}
+
 /* The smallest range around 0 that holds a row, which is all that a symmetric scale depends on. */
 static inline value_range magnitude_of_row(const float* row, int64_t channels) {
     chunk_integers largest = 0;
-    for (int64_t d = 0; d < channels; d += CHUNK) {
-        const chunk_floats numbers = load_chunk(row, d, channels);
-        chunk_integers bits;
-        memcpy(&bits, &numbers, sizeof bits);
-        largest = __builtin_elementwise_max(bits & INT32_MAX, largest);
+    int64_t d = 0;
+    for (; d + CHUNK <= channels; d += CHUNK) {
+        largest = magnitudes_with(largest, load_whole_chunk(row + d));
+    }
+    if (d < channels) {
+        largest = magnitudes_with(largest, load_chunk(row, d, channels));
     }
     const float magnitude = float_from_bits((uint32_t)__builtin_reduce_max(largest));
     return (value_range){-magnitude, magnitude};
 }
 
-/* What encode_row() does, for a row that shares a scale. Symmetric codes need no limit: the row's largest number is 127 or 7 scales but for
- * rounding. `divide`: as defined, by divisions. Otherwise by the scale's inverse: quotients are off by up to 5e-5 then, which matters only
- * near the middle between two integers. False if a quotient lies there, and codes are not to be used. */
+/* How the codes of a row that shares a scale are found. */
+typedef struct row_code {
+    chunk_floats scale, inverse, zero_point, lowest, highest;
+    chunk_integers farthest; /* from an integer that a quotient was, as bits */
+} row_code;
+
+/* What encode_row() does, for some numbers. Symmetric codes need no limit: the row's largest number is 127 or 7 scales but for rounding.
+ * `divide`: as defined, by divisions. Otherwise by the scale's inverse: quotients are off by up to 5e-5 then, which matters only near the
+ * middle between two integers. */
+static inline __attribute__((always_inline)) chunk_codes encode_chunk(chunk_floats numbers, row_code* code, const bool symmetric,
+                                                                      const bool divide) {
+    const chunk_floats quotients = divide ? numbers / code->scale : numbers * code->inverse;
+    chunk_floats rounded = (quotients + 0x1.8p23f) - 0x1.8p23f; /* see round_to_even() */
+    if (!divide) {
+        code->farthest = magnitudes_with(code->farthest, quotients - rounded);
+    }
+    if (!symmetric) {
+        rounded += code->zero_point;
+        rounded = rounded < code->lowest ? code->lowest : rounded; /* none is NaN */
+        rounded = rounded > code->highest ? code->highest : rounded;
+    }
+    return __builtin_convertvector(__builtin_convertvector(rounded, chunk_integers), chunk_codes);
+}
+
+/* Quantises a row that shares a scale. False if a quotient is too near the middle between two integers, and codes are not to be used. */
 static inline __attribute__((always_inline)) bool encode_token_by(const quantization_item* item, const float* row,
                                                                   scale_and_zero_point value, int8_t* codes, const bool symmetric,
                                                                   const bool divide) {
-    const chunk_floats lowest = lowest_code(&item->quantization->output), highest = highest_code(&item->quantization->output);
     const int64_t channels = item->channels; /* bytes may alias the item */
-    const float inverse = 1.0f / value.scale;
-    chunk_integers farthest = 0; /* from an integer, as bits */
-    for (int64_t d = 0; d < channels; d += CHUNK) {
-        const chunk_floats numbers = load_chunk(row, d, channels);
-        const chunk_floats quotients = divide ? numbers / value.scale : numbers * inverse;
-        chunk_floats rounded = (quotients + 0x1.8p23f) - 0x1.8p23f; /* see round_to_even() */
-        if (!divide) {
-            const chunk_floats rest = quotients - rounded;
-            chunk_integers bits;
-            memcpy(&bits, &rest, sizeof bits);
-            farthest = __builtin_elementwise_max(bits & INT32_MAX, farthest);
-        }
-        if (!symmetric) {
-            rounded += value.zero_point;
-            rounded = rounded < lowest ? lowest : rounded; /* none is NaN */
-            rounded = rounded > highest ? highest : rounded;
-        }
-        const chunk_codes chunk = __builtin_convertvector(__builtin_convertvector(rounded, chunk_integers), chunk_codes);
-        if (channels - d >= CHUNK) {
-            memcpy(codes + d, &chunk, sizeof chunk);
-        } else {
-            for (int64_t k = 0; k < channels - d; ++k) {
-                codes[d + k] = chunk[k];
-            }
+    row_code code = {
+        .scale = value.scale,
+        .inverse = 1.0f / value.scale,
+        .zero_point = value.zero_point,
+        .lowest = lowest_code(&item->quantization->output),
+        .highest = highest_code(&item->quantization->output),
+        .farthest = 0,
+    };
+    int64_t d = 0;
+    for (; d + CHUNK <= channels; d += CHUNK) {
+        const chunk_codes chunk = encode_chunk(load_whole_chunk(row + d), &code, symmetric, divide);
+        memcpy(codes + d, &chunk, sizeof chunk);
+    }
+    if (d < channels) {
+        const chunk_codes chunk = encode_chunk(load_chunk(row, d, channels), &code, symmetric, divide);
+        for (int64_t k = 0; k < channels - d; ++k) {
+            codes[d + k] = chunk[k];
         }
     }
-    return float_from_bits((uint32_t)__builtin_reduce_max(farthest)) < 0.4999f;
+    return float_from_bits((uint32_t)__builtin_reduce_max(code.farthest)) < 0.4999f;
 }
 
 /* Sixteen divisions take ten cycles on Intel's processors with AVX-512, twice what the inverse and its test take. Eight take five on others,
