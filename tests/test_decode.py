@@ -30,8 +30,9 @@ from cases import (
 from test_forward import check
 from tolerances import assert_within
 
-BLOCK = 64  # key columns that share a largest weight
-PART = 512  # key columns of an item
+BLOCK = 128  # key columns of codes that share a largest weight; a block of floats has half as many
+PART = 8 * BLOCK  # key columns of an item, likewise
+COLUMNS = [edge + more for edge in (BLOCK // 2, BLOCK, PART // 2, PART) for more in (-1, 0, 1)]
 FAMILIES = ("float", "integer")
 THREADS = (1, 2, 3, 7)
 
@@ -210,7 +211,7 @@ def test_attention__any_number_of_rows_that_share_keys__equals_the_reference(row
         check_integers(integer_problem(rng, sizes, ("float32", "int8", "int8"), causal="lower_right"), integers)
 
 
-@pytest.mark.parametrize("columns", [1, 63, 64, 65, 127, PART - 1, PART, PART + 1, 2 * PART, 3 * PART + 5])
+@pytest.mark.parametrize("columns", [1, *COLUMNS, 2 * PART, 3 * PART + 5])
 def test_attention__columns_around_blocks_and_parts__equal_the_reference(columns, floats, integers, rng):
     sizes = Sizes(batch=1, rows=1, columns=columns, channels=32, value_channels=32)
     check(problem(rng, sizes), context=floats)
@@ -255,7 +256,7 @@ def test_attention__any_zero_points_on_few_rows__equal_the_reference(zero_point,
 @pytest.mark.parametrize("sign", [1, -1])
 def test_attention__sums_as_large_as_codes_make_them__stay_within_32_bits(sign, floats, integers):
     """Every channel of the query rounds to the largest number, and every other key has the largest code in all channels."""
-    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=1, columns=70, channels=1024, value_channels=1024)
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=1, columns=BLOCK + 6, channels=1024, value_channels=1024)
     key, value = (np.ones(shape, np.float32) for shape in (sizes.key, sizes.value))
     key[:, :, ::2] *= -1
     value[:, :, ::3] *= -1
@@ -280,7 +281,7 @@ def test_attention__threads_and_runs__never_change_a_bit_of_few_rows(option, con
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("length", [0, 1, 64, 200, PART, PART + 3, 2 * PART + 70])
+@pytest.mark.parametrize("length", [0, 1, BLOCK // 2, 200, PART // 2, PART, PART + 3, 2 * PART + 70])
 def test_attention__a_padded_cache__gives_the_bits_of_the_unpadded(length, rows, contexts, rng):
     q = rng.normal(size=(1, 4, rows, 32)).astype(np.float32)
     k, v = rng.normal(size=(2, 1, 2, 2 * PART + 70, 32)).astype(np.float32)

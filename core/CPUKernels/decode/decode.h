@@ -28,6 +28,7 @@
 #include "cpu_kernels.h"
 
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 #if defined(__x86_64__)
@@ -51,6 +52,14 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 #pragma clang attribute push(__attribute__((target(KERNEL_TARGET))), apply_to = function)
 #endif
 
+/* Which keys of a block are meant, bit by bit. Blocks of codes are of more keys, for they are fewer bytes: what is done once a block takes a
+ * large share of the time. */
+#if KERNEL_INTEGER
+typedef unsigned __int128 key_bits;
+#else
+typedef uint64_t key_bits;
+#endif
+
 /* clang-format off: each file needs those before it */
 #include "../shared/conversion.h"
 #include "../shared/real.h"
@@ -60,11 +69,11 @@ size_t KERNEL_WIDE_ROWS_BYTES(const cpu_attention* attention);
 
 enum {
     MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
-    PART_KEYS = 512,  /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
-    BLOCK_KEYS = 64,  /* of a block: bits of a 64-bit number say which are attended */
-    MOST_HEADS = 16,  /* of an item */
-    ROWS = 4,         /* query rows that share a register of keys or values */
-    SIDE_BY_SIDE = 2, /* vectors whose exponentials are computed together */
+    BLOCK_KEYS = CHAR_BIT * sizeof(key_bits),
+    PART_KEYS = 8 * BLOCK_KEYS, /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
+    MOST_HEADS = 16,            /* of an item */
+    ROWS = 4,                   /* query rows that share a register of keys or values */
+    SIDE_BY_SIDE = 2,           /* vectors whose exponentials are computed together */
 };
 _Static_assert(BLOCK_KEYS % (SIDE_BY_SIDE * LANES) == 0, "a block is whole groups of vectors");
 
@@ -156,7 +165,7 @@ typedef struct {
     operand key, value;
     number* query;        /* [heads][rows][padded head_dim] */
     float* mean_scores;   /* [heads][rows]: dot products with the keys' channel means */
-    uint64_t* attended;   /* [rows]: which of the block's keys are */
+    key_bits* attended;   /* [rows]: which of the block's keys are */
     float* additions;     /* [rows][BLOCK_KEYS]: the additive mask; NULL without mask */
     float* scores;        /* [rows][BLOCK_KEYS]: dot products, then scores, then weights */
     float* block_highest; /* [rows]: the highest score */
@@ -187,7 +196,7 @@ static size_t decode_layout(const cpu_attention* attention, void* memory, decode
     take_operand(&cursor, &attention->value, attention->head_dim_v, &workspace->value);
     workspace->query = workspace_take(&cursor, all_rows * head_dim, sizeof(number));
     workspace->mean_scores = workspace_take_reals(&cursor, all_rows);
-    workspace->attended = workspace_take(&cursor, rows, sizeof(uint64_t));
+    workspace->attended = workspace_take(&cursor, rows, sizeof(key_bits));
     workspace->additions = attention->mask.data ? workspace_take_reals(&cursor, rows * BLOCK_KEYS) : NULL;
     workspace->scores = workspace_take_reals(&cursor, rows * BLOCK_KEYS);
     workspace->block_highest = workspace_take_reals(&cursor, rows);
@@ -315,25 +324,36 @@ static void load_queries(const cpu_attention* attention, const head_position* at
 }
 
 /* Bits first ..< last. */
-INLINE uint64_t bits_between(int64_t first, int64_t last) {
+INLINE key_bits bits_between(int64_t first, int64_t last) {
     if (first >= last) return 0;
-    return (~(uint64_t)0 >> (64 - (last - first))) << first;
+    return (~(key_bits)0 >> (BLOCK_KEYS - (last - first))) << first;
+}
+
+/* The columns that an additive mask excludes: 64 at once, for shifts of more bits take longer. */
+static key_bits find_excluded(const float* additions, int64_t columns) {
+    key_bits excluded = 0;
+    for (int64_t first = 0; first < columns; first += 64) {
+        uint64_t few = 0;
+        for (int64_t k = 0; k < minimum(64, columns - first); k++) few |= (uint64_t)(additions[first + k] == -INFINITY) << k;
+        excluded |= (key_bits)few << first;
+    }
+    return excluded;
 }
 
 /* Which of the block's keys each row attends, and the mask's additions. False if none attends any. */
 static bool find_attended(const cpu_attention* attention, const head_position* at, int64_t first_column, int64_t columns,
                           decode_workspace* workspace) {
-    uint64_t any = 0;
+    key_bits any = 0;
     for (int64_t row = 0; row < group_rows(attention); row++) {
         const row_place place = place_of_row(attention, at, row);
         const column_range range = columns_of_row(attention, at, place.i);
-        uint64_t attended = bits_between(maximum(range.first - first_column, 0), minimum(range.last - first_column, columns));
+        key_bits attended = bits_between(maximum(range.first - first_column, 0), minimum(range.last - first_column, columns));
         if (workspace->additions && attended) {
             float* additions = workspace->additions + row * BLOCK_KEYS;
             const cpu_tensor* mask = &attention->mask;
             const int64_t offset = row_offset(mask, at->b, place.h, place.i) + first_column * mask->strides[3];
             load_mask_line(mask, (const char*)mask->data + offset * element_bytes(mask->precision), columns, additions);
-            for (int64_t k = 0; k < columns; k++) attended &= ~((uint64_t)(additions[k] == -INFINITY) << k);
+            attended &= ~find_excluded(additions, columns);
         }
         workspace->attended[row] = attended;
         any |= attended;
@@ -355,7 +375,7 @@ static void score_row(const cpu_attention* attention, const head_position* at, i
     const row_place place = place_of_row(attention, at, row);
     const float slope = attention->alibi_slopes ? get_statistic(attention, attention->alibi_slopes, place.h) : 0;
     const vector diagonal = vector_of((float)(place.i + at->offset - first_column)) - lanes;
-    const uint64_t attended = workspace->attended[row];
+    const key_bits attended = workspace->attended[row];
     const int64_t columns = round_up(workspace->key.columns, SIDE_BY_SIDE * LANES);
     const float *key_scales = workspace->key.scales, *additions = workspace->additions;
     if (additions) additions += row * BLOCK_KEYS;
@@ -457,7 +477,7 @@ static void round_weights(int64_t row, decode_workspace* workspace) {
 /* The block's weights of all rows. */
 static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t first_column, decode_workspace* workspace) {
     const int64_t rows = group_rows(attention);
-    const uint64_t* attended = workspace->attended;
+    const key_bits* attended = workspace->attended;
     for (int64_t row = 0; row < rows; row++) {
         if (attended[row]) score_row(attention, at, row, first_column, workspace);
     }
@@ -475,9 +495,9 @@ static void weigh_block(const cpu_attention* attention, const head_position* at,
 }
 
 /* Copies the block's values as FP32 with 0 for what is not finite. Returns the keys of those that were not. */
-static uint64_t copy_finite_values(const operand* value, int64_t first_column, float* finite) {
+static key_bits copy_finite_values(const operand* value, int64_t first_column, float* finite) {
     const int64_t padded = value->padded;
-    uint64_t infinite = 0;
+    key_bits infinite = 0;
     for (int64_t k = 0; k < value->columns; k++) {
         float* row = finite + k * padded;
         memset(row, 0, (size_t)padded * sizeof(float));
@@ -485,7 +505,7 @@ static uint64_t copy_finite_values(const operand* value, int64_t first_column, f
         for (int64_t d = 0; d < value->channels; d++) {
             if (row[d] - row[d] == 0) continue;
             row[d] = 0;
-            infinite |= (uint64_t)1 << k;
+            infinite |= (key_bits)1 << k;
         }
     }
     return infinite;
@@ -501,7 +521,7 @@ static void add_values(int64_t first_column, int64_t first, int64_t rows, row_st
 #else
     const float* weights = workspace->scores + first * BLOCK_KEYS;
     if (!multiply_value_block(value, rows, weights, workspace->block_output, stream) && workspace->finite_values) {
-        const uint64_t infinite = copy_finite_values(value, first_column, workspace->finite_values);
+        const key_bits infinite = copy_finite_values(value, first_column, workspace->finite_values);
         for (int64_t row = first; row < first + rows; row++) {
             if (workspace->attended[row] & infinite) workspace->partial[row]->left_out = true;
         }
