@@ -72,12 +72,17 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
         slice zero_points[MOST_KEYS_AT_ONCE];
         accumulator totals[MOST_SUMS];
         fetch_lines(stream);
+        const char* first = key->rows + column * key->stride;
+        const int64_t last = key->columns - 1 - column; /* behind the block's end: the last one again */
+        if (last >= keys - 1) {
 #pragma clang loop unroll(full)
-        for (int k = 0; k < keys; k++) {
-            const int64_t here = minimum(column + k, key->columns - 1); /* behind the block's end: the last one again */
-            at[k] = key->rows + here * key->stride;
-            zero_points[k] = slice_of(key->zero_points[here]);
+            for (int k = 0; k < keys; k++) at[k] = first + k * key->stride;
+        } else {
+#pragma clang loop unroll(full)
+            for (int k = 0; k < keys; k++) at[k] = first + minimum(k, last) * key->stride;
         }
+#pragma clang loop unroll(full)
+        for (int k = 0; k < keys; k++) zero_points[k] = slice_of(key->zero_points[column + minimum(k, last)]);
 #pragma clang loop unroll(full)
         for (int n = 0; n < MOST_SUMS; n++) totals[n] = (accumulator){0};
         for (int64_t step = 0; step < key->steps; step++) {
