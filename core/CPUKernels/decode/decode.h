@@ -74,6 +74,7 @@ enum {
     MOST_HEADS = 16,            /* of an item */
     ROWS = 4,                   /* query rows that share a register of keys or values */
     SIDE_BY_SIDE = 2,           /* vectors whose exponentials are computed together */
+    FETCHES_OF_ROW = 2,         /* during a row's softmax */
 };
 _Static_assert(BLOCK_KEYS % (SIDE_BY_SIDE * LANES) == 0, "a block is whole groups of vectors");
 
@@ -475,17 +476,20 @@ static void round_weights(int64_t row, decode_workspace* workspace) {
 #endif
 
 /* The block's weights of all rows. */
-static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t first_column, decode_workspace* workspace) {
+static void weigh_block(const cpu_attention* attention, const head_position* at, int64_t first_column, row_queue* queue,
+                        decode_workspace* workspace) {
     const int64_t rows = group_rows(attention);
     const key_bits* attended = workspace->attended;
     for (int64_t row = 0; row < rows; row++) {
         if (attended[row]) score_row(attention, at, row, first_column, workspace);
+        fetch_queue(queue);
     }
     for (int64_t row = 0; row < rows; row++) {
         if (attended[row]) raise_highest(row, workspace);
     }
     for (int64_t row = 0; row < rows; row++) {
         if (attended[row]) weigh_row(row, workspace);
+        fetch_queue(queue);
     }
 #if KERNEL_INTEGER
     for (int64_t row = 0; row < rows; row++) {
@@ -512,15 +516,15 @@ static key_bits copy_finite_values(const operand* value, int64_t first_column, f
 }
 
 /* Adds the block's weighted values to the output of rows first ..< first + rows. */
-static void add_values(int64_t first_column, int64_t first, int64_t rows, row_stream* stream, decode_workspace* workspace) {
+static void add_values(int64_t first_column, int64_t first, int64_t rows, row_queue* queue, decode_workspace* workspace) {
     const operand* value = &workspace->value;
     const int64_t padded = value->padded;
 #if KERNEL_INTEGER
     (void)first_column;
-    multiply_value_block(value, rows, workspace->weights + first * BLOCK_KEYS, workspace->block_output, stream);
+    multiply_value_block(value, rows, workspace->weights + first * BLOCK_KEYS, workspace->block_output, queue);
 #else
     const float* weights = workspace->scores + first * BLOCK_KEYS;
-    if (!multiply_value_block(value, rows, weights, workspace->block_output, stream) && workspace->finite_values) {
+    if (!multiply_value_block(value, rows, weights, workspace->block_output, queue) && workspace->finite_values) {
         const key_bits infinite = copy_finite_values(value, first_column, workspace->finite_values);
         for (int64_t row = first; row < first + rows; row++) {
             if (workspace->attended[row] & infinite) workspace->partial[row]->left_out = true;
@@ -529,7 +533,7 @@ static void add_values(int64_t first_column, int64_t first, int64_t rows, row_st
         finite.precision = CPU_FP32;
         finite.rows = (const char*)workspace->finite_values;
         finite.stride = padded * (int64_t)sizeof(float);
-        multiply_value_block(&finite, rows, weights, workspace->block_output, stream);
+        multiply_value_block(&finite, rows, weights, workspace->block_output, queue);
     }
 #endif
     for (int64_t row = first; row < first + rows; row++) {
@@ -637,35 +641,46 @@ static void open_head(const cpu_attention* attention, decoded_head* head) {
     load_queries(attention, at, &head->workspace);
 }
 
-/* Rows that are fetched while a block is computed with. */
+/* How often a block asks for lines of what will be needed: before its values are multiplied, and while they are. About as much time is between
+ * each two. */
 typedef struct {
-    row_stream with_keys, with_values; /* while keys are multiplied, and while values are */
-} rows_to_fetch;
+    int64_t before_values, of_values;
+} fetches;
 
-/* For head n of `count`. Of one head, the block's own values and the keys of the next block, which begins at `next` and ends before
- * `last_fetched`; of several, a share of all that they need of the next block, which is much. */
-static rows_to_fetch find_rows_to_fetch(const cpu_attention* attention, const decoded_head* heads, int64_t n, int64_t count, int64_t column,
-                                        int64_t columns, int64_t last_fetched) {
+static fetches fetches_of_block(const cpu_attention* attention, const operand* value, int64_t columns) {
+    const int64_t rows = group_rows(attention), groups = divide_up(rows, ROWS), together = minimum(rows, ROWS);
+    return (fetches){
+        .before_values = groups * divide_up(columns, KEYS_AT_ONCE(together)) + rows * FETCHES_OF_ROW,
+        .of_values = groups * divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(value->padded / SLICE, SLICES_AT_ONCE(together)),
+    };
+}
+
+/* What is fetched while a block of head n of `count` is computed with. Of one head, the block's own values and then the keys of the next
+ * block, which begins at `next` and ends before `last_fetched`; of several, a share of all that they need of the next block, which is much. */
+static row_queue find_rows_to_fetch(const cpu_attention* attention, const decoded_head* heads, int64_t n, int64_t count, int64_t column,
+                                    int64_t columns, int64_t last_fetched) {
     const operand *key = &heads[0].workspace.key, *value = &heads[0].workspace.value;
-    const int64_t together = minimum(group_rows(attention), ROWS);
     const int64_t next = column + BLOCK_KEYS, next_columns = minimum(BLOCK_KEYS, last_fetched - next);
-    const int64_t value_goes = divide_up(columns, KEYS_AT_ONCE(together));
-    const int64_t key_goes = divide_up(columns, KEYS_BETWEEN_FETCHES) * divide_up(value->padded / SLICE, SLICES_AT_ONCE(together));
+    const fetches goes = fetches_of_block(attention, value, columns);
+    const int64_t times = goes.before_values + goes.of_values;
+    const int64_t value_bytes = row_bytes(value->precision, value->padded), key_bytes = row_bytes(key->precision, key->padded);
+    const int64_t value_times = maximum(1, minimum(goes.before_values, times * value_bytes / (value_bytes + key_bytes)));
+    const int64_t key_times = maximum(1, times - value_times);
     if (count == 1) {
-        return (rows_to_fetch){
-            .with_keys = stream_operand(value, 1, column, columns, value_goes),
-            .with_values = stream_operand(key, 1, next, next_columns, key_goes),
+        return (row_queue){
+            .now = stream_operand(value, 1, column, columns, value_times),
+            .next = stream_operand(key, 1, next, next_columns, key_times),
         };
     }
     const int64_t first = next_columns * n / count, rows = next_columns * (n + 1) / count - first;
-    return (rows_to_fetch){
-        .with_keys = stream_operand(value, count, next + first, rows, value_goes),
-        .with_values = stream_operand(key, count, next + first, rows, key_goes),
+    return (row_queue){
+        .now = stream_operand(value, count, next + first, rows, value_times),
+        .next = stream_operand(key, count, next + first, rows, key_times),
     };
 }
 
 /* Takes a block of keys and values into the partial results of a head's rows. */
-static void attend_block(const cpu_attention* attention, decoded_head* head, int64_t column, int64_t columns, rows_to_fetch fetched) {
+static void attend_block(const cpu_attention* attention, decoded_head* head, int64_t column, int64_t columns, row_queue fetched) {
     decode_workspace* workspace = &head->workspace;
     operand *key = &workspace->key, *value = &workspace->value;
     const int64_t rows = group_rows(attention);
@@ -675,11 +690,11 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
     gather_block(key);
     for (int64_t row = 0; row < rows; row += ROWS) {
         multiply_key_block(key, minimum(ROWS, rows - row), workspace->query + row * key->padded, workspace->scores + row * BLOCK_KEYS,
-                           &fetched.with_keys);
+                           &fetched);
     }
-    weigh_block(attention, &head->at, column, workspace);
+    weigh_block(attention, &head->at, column, &fetched, workspace);
     gather_block(value); /* not before: they were fetched meanwhile */
-    for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched.with_values, workspace);
+    for (int64_t row = 0; row < rows; row += ROWS) add_values(column, row, minimum(ROWS, rows - row), &fetched, workspace);
 }
 
 static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {

@@ -63,7 +63,7 @@ INLINE slice add_lanes(const accumulator totals[SLICE]) {
 
 /* Dot products of `rows` queries with the block's keys: scores[row][BLOCK_KEYS]. */
 INLINE void multiply_keys(const cpu_precision precision, const bool shifted, const int rows, const operand* key, const number* query,
-                          float* scores, row_stream* stream) {
+                          float* scores, row_queue* queue) {
     const int keys = KEYS_AT_ONCE(rows);
     const int64_t step_bytes = row_bytes(precision, CHANNEL_STEP(precision));
     const int lanes = (int)(sizeof(numbers) / sizeof(number)), turns = CHANNEL_STEP(precision) / lanes;
@@ -71,7 +71,7 @@ INLINE void multiply_keys(const cpu_precision precision, const bool shifted, con
         const char* at[MOST_KEYS_AT_ONCE];
         slice zero_points[MOST_KEYS_AT_ONCE];
         accumulator totals[MOST_SUMS];
-        fetch_lines(stream);
+        fetch_queue(queue);
         const char* first = key->rows + column * key->stride;
         const int64_t last = key->columns - 1 - column; /* behind the block's end: the last one again */
         if (last >= keys - 1) {
@@ -139,7 +139,7 @@ INLINE void add_values_of_keys(const cpu_precision precision, const bool shifted
 /* The weighted sum of some slices of the block's values for `rows` rows, from slice `first` of a step on: output[row][slice]. Returns 0 if
  * all of it is finite, else NaN in some lane. */
 INLINE slice multiply_values(const cpu_precision precision, const bool shifted, const int rows, const int first, const int slices,
-                             const operand* value, int64_t step, const number* weights, float* output, row_stream* stream) {
+                             const operand* value, int64_t step, const number* weights, float* output, row_queue* queue) {
     const int64_t step_bytes = row_bytes(precision, CHANNEL_STEP(precision));
     const char* values = value->rows + step * step_bytes;
     accumulator totals[ROWS][4];
@@ -153,12 +153,12 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
     add_values_of_keys(precision, shifted, rows, first, slices, at, next, weights + (k), value->zero_points[k], totals)
     int64_t column = 0;
     for (; column + KEYS_BETWEEN_FETCHES <= columns; column += KEYS_BETWEEN_FETCHES) {
-        fetch_lines(stream);
+        fetch_queue(queue);
         const char* at = values + column * stride;
 #pragma clang loop unroll_count(4)
         for (int k = 0; k < KEYS_BETWEEN_FETCHES; k += KEYS_IN_SUM, at += KEYS_IN_SUM * stride) ADD_KEYS(column + k, at, at + stride);
     }
-    if (column < columns) fetch_lines(stream);
+    if (column < columns) fetch_queue(queue);
     for (; column < whole; column += KEYS_IN_SUM) {
         const char* at = values + column * stride;
         ADD_KEYS(column, at, at + stride);
@@ -180,13 +180,13 @@ INLINE slice multiply_values(const cpu_precision precision, const bool shifted, 
     return excess;
 }
 
-static void multiply_key_block(const operand* key, int64_t rows, const number* query, float* scores, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                     \
-    switch (rows) {                                                                      \
-    case 1: multiply_keys(precision, shifted, 1, key, query, scores, stream); break;     \
-    case 2: multiply_keys(precision, shifted, 2, key, query, scores, stream); break;     \
-    case 3: multiply_keys(precision, shifted, 3, key, query, scores, stream); break;     \
-    default: multiply_keys(precision, shifted, ROWS, key, query, scores, stream); break; \
+static void multiply_key_block(const operand* key, int64_t rows, const number* query, float* scores, row_queue* queue) {
+#define MULTIPLY(precision, shifted)                                                    \
+    switch (rows) {                                                                     \
+    case 1: multiply_keys(precision, shifted, 1, key, query, scores, queue); break;     \
+    case 2: multiply_keys(precision, shifted, 2, key, query, scores, queue); break;     \
+    case 3: multiply_keys(precision, shifted, 3, key, query, scores, queue); break;     \
+    default: multiply_keys(precision, shifted, ROWS, key, query, scores, queue); break; \
     }
     WITH_PRECISION(key->precision, key->shifted, MULTIPLY)
 #undef MULTIPLY
@@ -194,18 +194,18 @@ static void multiply_key_block(const operand* key, int64_t rows, const number* q
 
 /* All slices for `rows` rows. */
 INLINE bool multiply_all_values(const cpu_precision precision, const bool shifted, const int rows, const operand* value,
-                                const number* weights, float* output, row_stream* stream) {
+                                const number* weights, float* output, row_queue* queue) {
     const int at_once = SLICES_AT_ONCE(rows), of_step = VALUE_SLICES(precision), together = at_once > of_step ? at_once / of_step : 1;
     slice excess = slice_of(0);
     int64_t step = 0;
     for (; step + together <= value->steps; step += together) {
 #pragma clang loop unroll(full)
         for (int first = 0; first < together * of_step; first += at_once) {
-            excess += multiply_values(precision, shifted, rows, first, at_once, value, step, weights, output, stream);
+            excess += multiply_values(precision, shifted, rows, first, at_once, value, step, weights, output, queue);
         }
     }
     for (; together > 1 && step < value->steps; step++) {
-        excess += multiply_values(precision, shifted, rows, 0, of_step < at_once ? of_step : at_once, value, step, weights, output, stream);
+        excess += multiply_values(precision, shifted, rows, 0, of_step < at_once ? of_step : at_once, value, step, weights, output, queue);
     }
     float sum = 0;
     for (int lane = 0; lane < SLICE; lane++) sum += excess[lane];
@@ -213,13 +213,13 @@ INLINE bool multiply_all_values(const cpu_precision precision, const bool shifte
 }
 
 /* The weighted sums of the block's values. False if one is not finite. */
-static bool multiply_value_block(const operand* value, int64_t rows, const number* weights, float* output, row_stream* stream) {
-#define MULTIPLY(precision, shifted)                                                               \
-    switch (rows) {                                                                                \
-    case 1: return multiply_all_values(precision, shifted, 1, value, weights, output, stream);     \
-    case 2: return multiply_all_values(precision, shifted, 2, value, weights, output, stream);     \
-    case 3: return multiply_all_values(precision, shifted, 3, value, weights, output, stream);     \
-    default: return multiply_all_values(precision, shifted, ROWS, value, weights, output, stream); \
+static bool multiply_value_block(const operand* value, int64_t rows, const number* weights, float* output, row_queue* queue) {
+#define MULTIPLY(precision, shifted)                                                              \
+    switch (rows) {                                                                               \
+    case 1: return multiply_all_values(precision, shifted, 1, value, weights, output, queue);     \
+    case 2: return multiply_all_values(precision, shifted, 2, value, weights, output, queue);     \
+    case 3: return multiply_all_values(precision, shifted, 3, value, weights, output, queue);     \
+    default: return multiply_all_values(precision, shifted, ROWS, value, weights, output, queue); \
     }
     WITH_PRECISION(value->precision, value->shifted, MULTIPLY)
 #undef MULTIPLY

@@ -98,6 +98,20 @@ INLINE void fetch_lines(row_stream* stream) {
     stream->line = line;
 }
 
+/* Streams that are fetched one after the other. */
+typedef struct {
+    row_stream now, next;
+} row_queue;
+
+INLINE void fetch_queue(row_queue* queue) {
+    row_stream* now = &queue->now;
+    fetch_lines(now);
+    if (now->line >= now->row + now->bytes && now->rows == 0 && queue->next.line) {
+        queue->now = queue->next;
+        queue->next = (row_stream){0};
+    }
+}
+
 /* What a forward kernel needs after the block of keys and values at hand: the next block, and where that is another item's, its queries. */
 typedef struct {
     row_stream key, value, query;
