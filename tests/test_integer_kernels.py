@@ -120,6 +120,19 @@ def test_attention__quantised_on_the_fly__is_as_exact_as_promised(scheme, contex
     assert np.sqrt(np.mean(error**2) / np.mean(exact**2)) < {"int8": 0.016, "int4": 0.15}[scheme]
 
 
+def test_attention__a_key_scale_that_is_huge__leaves_the_rows_before_it_the_same_for_any_threads(contexts, rng):
+    """With few threads a row shares its item with rows that attend that key, with many it does not."""
+    q, k, v = (umfa.quantize(each, "int8") for each in rng.normal(size=(3, 1, 8, 256, 32)).astype(np.float32))
+    q.scales[...] = 1e9
+    k.scales[...] = 1e-14
+    k.scales[..., 100] = 1e31  # times that of a query: infinite
+    first, *others = (
+        umfa.attention(q, k, v, causal=True, scale=1.0, return_lse=True, context=contexts[threads]) for threads in (1, 2, 3, 7)
+    )
+    for each in others:
+        assert all(np.array_equal(a[:, :, :100], b[:, :, :100]) for a, b in zip(first, each))
+
+
 @pytest.mark.parametrize("option", ["plain", "causal_lower_right", "lengths", "mask_bool", "alibi", "softcap"])
 def test_attention__threads_runs_and_batches__never_change_a_bit(option, contexts, rng):
     sizes = Sizes(batch=3, rows=70, columns=300, channels=40, value_channels=24)

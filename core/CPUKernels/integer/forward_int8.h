@@ -195,7 +195,7 @@ typedef struct {
 } column_block;
 
 typedef struct {
-    score_tile tile;           /* scores: int32 dot products first, then FP32 */
+    score_tile tile;           /* scores: FP32; before that, where they are not plain, int32 dot products */
     bool plain;                /* scores are nothing but scaled dot products */
     lane_code* query;          /* [head_dim / STEP][rows][STEP] for each panel: differences + QUERY_BIAS */
     float* query_scales;       /* [tile rows] */
@@ -324,8 +324,8 @@ static const int8_t* find_query_codes(const cpu_attention* attention, const scor
     const cpu_tensor* query = &attention->query;
     if (sizeof(signed_code) != 1 || query->precision != CPU_INT8 || query->zero_points || query->strides[3] != 1) return NULL;
     if (attention->head_dim % STEP != 0 || query->strides[2] % STEP != 0) return NULL;
+    if (!is_of_one_head(attention, tile)) return NULL;
     const row_place first = place_of_row(attention, &tile->position, tile->first_row);
-    if (first.i + tile->valid_rows > attention->seq_len_q) return NULL;
     const int8_t* codes = (const int8_t*)query->data + row_offset(query, tile->position.b, first.h, first.i);
     return (uintptr_t)codes % sizeof(float) == 0 ? codes : NULL;
 }
@@ -433,9 +433,11 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
     }
     if (QUERY_BIAS) sum_keys(block, columns, keys_stay(attention) ? head_dim : key_pitch_of(attention));
     const float scale = item->plain ? (float)(attention->softmax_scale / LN_2) : 1;
-    load_scales(key, at->b, at->kv_head, first_column, columns, scale, block->key_scales);
+    /* Also of columns that no row of this item attends: which scale is the largest must not depend on which rows are in an item. */
+    const int64_t known = minimum(TILE_COLUMNS, at->keys - first_column);
+    load_scales(key, at->b, at->kv_head, first_column, known, scale, block->key_scales);
     block->largest_key_scale = 0;
-    for (int64_t column = 0; column < columns; column++) {
+    for (int64_t column = 0; column < known; column++) {
         block->largest_key_scale = fmaxf(block->largest_key_scale, fabsf(block->key_scales[column]));
     }
 }
@@ -598,8 +600,8 @@ typedef enum {
 } left_products;
 
 /* The logarithm of a column's weight. */
-INLINE vector weigh_column(const score_tile* tile, int64_t column, int64_t row, int_vector product, vector scale, float value_log,
-                           const bool limited, scan* scan) {
+INLINE vector logarithm_of_column(const score_tile* tile, int64_t column, int64_t row, int_vector product, vector scale, float value_log,
+                                  const bool limited, scan* scan) {
     vector logarithm = __builtin_convertvector(product, vector) * scale + value_log;
     if (limited) {
         const vector_mask attended = attended_rows(tile, column, row);
@@ -643,8 +645,8 @@ INLINE void multiply_keys(const int vectors, const int count, const left_product
             } else {
                 const vector scale = product->query_scales[v] * product->scales[first + k];
                 const bool limited = left == AS_LOGARITHMS_LIMITED;
-                vector_store(at, weigh_column(tile, first + k, v * LANES, sums[k][v], scale, product->value_logs[first + k], limited,
-                                              &product->scans[v]));
+                vector_store(at, logarithm_of_column(tile, first + k, v * LANES, sums[k][v], scale, product->value_logs[first + k], limited,
+                                                     &product->scans[v]));
             }
         }
     }
@@ -761,8 +763,8 @@ static void compute_products(const forward_workspace* panel, int64_t steps) {
     WITH_VECTORS(compute_products_of, panel, steps)
 }
 
-static void compute_logarithms(const forward_workspace* panel, int64_t steps, scan found[KERNEL_PANEL_VECTORS]) {
-    WITH_VECTORS(compute_logarithms_of, panel, steps, found)
+static void compute_logarithms(const forward_workspace* panel, int64_t steps, scan scans[KERNEL_PANEL_VECTORS]) {
+    WITH_VECTORS(compute_logarithms_of, panel, steps, scans)
 }
 
 static void accumulate_output(const forward_workspace* panel, int64_t channels) {
@@ -919,7 +921,8 @@ static void begin_item(const cpu_attention* attention, forward_workspace* item) 
     item->plain = is_plain(attention);
     spread_offsets(item->offsets);
     const int64_t pitch = key_pitch_of(attention);
-    if (attention->head_dim < pitch) memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
+    if (attention->head_dim < pitch && !keys_stay(attention))
+        memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
 }
 
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {

@@ -54,11 +54,14 @@ static real finish_row(const cpu_attention* attention, int64_t h, const row_stat
     return weight / total;
 }
 
+static bool is_of_one_head(const cpu_attention* attention, const score_tile* tile) {
+    return place_of_row(attention, &tile->position, tile->first_row).i + tile->valid_rows <= attention->seq_len_q;
+}
+
 /* Where the tile's rows of a query or output begin in the caller's memory, if they lie there as FP32 numbers, `strides[2]` apart. Else NULL. */
 static float* find_tile_rows(const cpu_attention* attention, const score_tile* tile, const cpu_tensor* tensor) {
     const row_place first = place_of_row(attention, &tile->position, tile->first_row);
-    const bool one_head = first.i + tile->valid_rows <= attention->seq_len_q;
-    const bool stays = one_head && has_aligned_float_rows(tensor);
+    const bool stays = is_of_one_head(attention, tile) && has_aligned_float_rows(tensor);
     return stays ? (float*)tensor->data + row_offset(tensor, tile->position.b, first.h, first.i) : NULL;
 }
 
