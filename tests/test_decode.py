@@ -267,6 +267,18 @@ def test_attention__sums_as_large_as_codes_make_them__stay_within_32_bits(sign, 
     check_integers(made, integers)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_attention__equal_weights_of_the_largest_values__stay_within_32_bits(sign, floats, integers):
+    """All weights of a block are its largest, and all values have the largest code."""
+    sizes = Sizes(batch=1, heads=1, kv_heads=1, rows=1, columns=2 * BLOCK, channels=64, value_channels=64)
+    key, value = np.ones(sizes.key, np.float32), np.full(sizes.value, sign, np.float32)
+    codes = [Operand(each, each.dequantize().astype(np.float64)) for each in (umfa.quantize(key, "int8"), umfa.quantize(value, "int8"))]
+    query = np.ones(sizes.query, np.float32)
+    made = Problem(sizes, Operand(query, query.astype(np.float64)), *codes, {"scale": 0.0})
+    check(made, context=floats)
+    check_integers(made, integers)
+
+
 # ---- Bits --------------------------------------------------------------------------------------------------------------------------------
 
 

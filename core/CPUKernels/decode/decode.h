@@ -330,7 +330,7 @@ INLINE key_bits bits_between(int64_t first, int64_t last) {
     return (~(key_bits)0 >> (BLOCK_KEYS - (last - first))) << first;
 }
 
-/* The columns that an additive mask excludes: 64 at once, for shifts of more bits take longer. */
+/* The columns that a mask excludes: 64 at once, for shifts of more bits take longer. */
 static key_bits find_excluded(const float* additions, int64_t columns) {
     key_bits excluded = 0;
     for (int64_t first = 0; first < columns; first += 64) {

@@ -20,6 +20,9 @@ enum {
     LARGEST_NUMBER = 32767,
 };
 
+_Static_assert((int64_t)BLOCK_KEYS * LARGEST_NUMBER * 255 <= INT32_MAX, "32 bits hold the weighted sum of a block");
+_Static_assert((int64_t)CPU_MAX_HEAD_DIM / 4 * LARGEST_NUMBER * 255 <= INT32_MAX, "32 bits hold what is added up as integers of a key");
+
 /* Channels that loops go through at once: those of a register of bytes. */
 #define CHANNEL_STEP(precision) ((precision) == CPU_INT4 ? 8 * SLICE : 4 * SLICE)
 /* Whether codes are widened as they are loaded: then they need no bias. */

@@ -15,7 +15,10 @@
  *   weight_offset_place(column)       where that of a column lies
  *   round_weights(weights, logarithms, offsets)
  *                                     STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
- *                                     adding the offset of their column. Their binary logarithms are less log2(255)
+ *                                     adding the offset of their column. logarithms: binary ones of weights / 255
+ * and where less than a register of keys can be loaded
+ *   LOADS_FEW_CODES                   1
+ *   load_few_codes(codes, count)      `count` codes, whole steps, as lanes; 0 behind them, where nothing is read
  * and where keys and values have to be INT4
  *   LARGEST_CODE                      that keys and values can have, less their zero points
  *   SHORT_STEPS                       steps that 16 bits hold the sums of

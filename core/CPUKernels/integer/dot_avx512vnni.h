@@ -37,8 +37,8 @@ INLINE void weight_exp2(vector x[STEP], const float factor) {
     }
 }
 
-/* Which weights are small, those below 8, is asked of their logarithms, so that exponentials are not waited for. The limit is less than 8 by
- * more than the error of one. */
+/* Which weights are small, those below 8, is asked of their logarithms, so that exponentials are not waited for. A weight at the limit is below 8
+ * by more, 1e-4 of it, than the error of an exponential. */
 INLINE int_vector round_weights(vector weights[STEP], const vector logarithms[STEP], const weight_offset offsets[STEP]) {
     const __m512 small_logarithm = _mm512_set1_ps(-4.9945f); /* log2(8 / 255) - 1.5e-4 */
     for (int k = 0; k < STEP; k++) {

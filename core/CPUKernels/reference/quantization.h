@@ -219,7 +219,7 @@ static void add_rows(const float* rows, int64_t count, int64_t channels, double*
         chunk_doubles partial;
         memcpy(&partial, sums + d, sizeof partial);
         for (int64_t row = 0; row < count; ++row) {
-            partial += __builtin_convertvector(load_chunk(rows + row * channels, d, channels), chunk_doubles);
+            partial += __builtin_convertvector(load_whole_chunk(rows + row * channels + d), chunk_doubles);
         }
         memcpy(sums + d, &partial, sizeof partial);
     }
@@ -469,7 +469,7 @@ static inline value_range range_of_extremes(chunk_extremes extremes) {
 }
 
 /* The magnitudes of some numbers, as bits, taken into the largest of each of CHUNK classes. */
-static inline chunk_integers magnitudes_with(chunk_integers largest, chunk_floats numbers) {
+static inline __attribute__((always_inline)) chunk_integers magnitudes_with(chunk_integers largest, chunk_floats numbers) {
     chunk_integers bits;
     memcpy(&bits, &numbers, sizeof bits);
     return __builtin_elementwise_max(bits & INT32_MAX, largest);

@@ -5,10 +5,9 @@
  * with scalars of `a` broadcast against vectors of `b`. `b`, `c` and `rescale` are aligned, their rows follow each other. Each element sums
  * over k in order; its value does not depend on the other rows and lanes. Meanwhile `upcoming` rows are fetched, if there are any. */
 
-/* Accumulators are as many as registers have room for beside the vectors of b and a scalar of a: with AVX2, 6 rows by one vector of two
- * registers are 12 of 16, with NEON 6 by one vector of four registers 24 of 32. With AVX-512, 6 by 2 are 12 of 32: as fast as 6 by 4, and
- * panels of fewer rows leave out more of a causal tile. A rest of four rows still hides the latency of two multiply-adds a cycle, fewer do
- * not (with AVX2, or two vectors). */
+/* With AVX2, 6 rows by one vector of two registers are 12 accumulators in 16 registers, with NEON 6 by one vector of four registers 24 in 32:
+ * as many as there is room for beside the vectors of b and a scalar of a. With AVX-512, 6 by 2 are 12 in 32: as fast as 6 by 4, and panels
+ * of fewer rows leave out more of a causal tile. A rest of four rows still hides the latency of two multiply-adds a cycle, fewer do not. */
 enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
 
 /* `rows` and `vectors` are constants wherever this is inlined. */
