@@ -426,9 +426,11 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
         block->keys = block->key_memory;
         block->key_pitch = key_pitch_of(attention);
         for (int64_t column = 0; column < columns; column++) {
-            int8_t scratch[CPU_MAX_HEAD_DIM];
+            signed_code* codes = block->key_memory + column * block->key_pitch;
+            int8_t wide_scratch[CPU_MAX_HEAD_DIM];
+            int8_t* scratch = sizeof(signed_code) == 1 ? (int8_t*)codes : wide_scratch; /* what is unpacked there needs no copy */
             const int8_t* differences = load_differences(key, at->b, at->kv_head, first_column + column, head_dim, scratch);
-            write_codes(differences, head_dim, head_dim, 0, block->key_memory + column * block->key_pitch);
+            if ((const void*)differences != codes) write_codes(differences, head_dim, head_dim, 0, codes);
         }
     }
     if (QUERY_BIAS) sum_keys(block, columns, keys_stay(attention) ? head_dim : key_pitch_of(attention));
