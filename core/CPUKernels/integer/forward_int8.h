@@ -923,8 +923,9 @@ static void begin_item(const cpu_attention* attention, forward_workspace* item) 
     item->plain = is_plain(attention);
     spread_offsets(item->offsets);
     const int64_t pitch = key_pitch_of(attention);
-    if (attention->head_dim < pitch && !keys_stay(attention))
+    if (attention->head_dim < pitch && !keys_stay(attention)) { /* what is behind their last code */
         memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
+    }
 }
 
 static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
