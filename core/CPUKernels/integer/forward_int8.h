@@ -281,16 +281,16 @@ static const int8_t* load_differences(const cpu_tensor* tensor, int64_t b, int64
     return scratch;
 }
 
-/* A row's codes as products take them, plus a bias; those behind the last channel are 0 before it. */
-static void write_codes(const int8_t* codes, int64_t channels, int64_t padded, signed_code bias, signed_code* out) {
+/* A row's codes as products take them; those behind the last channel are 0. */
+static void write_codes(const int8_t* codes, int64_t channels, int64_t padded, signed_code* out) {
     typedef signed_code sixteen_written __attribute__((ext_vector_type(16)));
     typedef sixteen_written sixteen_written_in_memory __attribute__((aligned(sizeof(signed_code))));
     int64_t d = 0;
     for (; d + 16 <= channels; d += 16) {
         const sixteen_codes few = *(const sixteen_codes_in_memory*)(codes + d);
-        *(sixteen_written_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_written) + bias;
+        *(sixteen_written_in_memory*)(out + d) = __builtin_convertvector(few, sixteen_written);
     }
-    for (; d < padded; d++) out[d] = (signed_code)((d < channels ? codes[d] : 0) + bias);
+    for (; d < padded; d++) out[d] = d < channels ? codes[d] : 0;
 }
 
 /* The dot product of a row's codes with channel means. */
@@ -353,17 +353,15 @@ static void open_queries(const cpu_attention* attention, forward_workspace* pane
         if (means) panel->mean_scores[row] = scale * multiply_means(differences, means, head_dim);
         if (in_place) continue;
         signed_code* codes = (signed_code*)(panel->rows + row * panel->row_pitch);
-        write_codes(differences, head_dim, steps * STEP, (signed_code)QUERY_BIAS, codes);
+        write_codes(differences, head_dim, steps * STEP, codes);
     }
     if (valid_rows < rows) memset(panel->query, 0, (size_t)(steps * STEP * rows) * sizeof(lane_code));
-    if (!in_place) {
-        transpose_floats(panel->rows, panel->row_pitch, valid_rows, steps, (float*)panel->query, rows);
-        return;
-    }
-    transpose_floats((const float*)in_place, query->strides[2] / STEP, valid_rows, steps, (float*)panel->query, rows);
+    const float* source = in_place ? (const float*)in_place : panel->rows;
+    const int64_t pitch = in_place ? query->strides[2] / STEP : panel->row_pitch;
+    transpose_floats(source, pitch, valid_rows, steps, (float*)panel->query, rows);
     lane_code* codes = panel->query;
     const int64_t count = steps * STEP * rows;
-    for (int64_t n = 0; n < count && QUERY_BIAS; n++) codes[n] ^= (lane_code)QUERY_BIAS;
+    for (int64_t n = 0; n < count && QUERY_BIAS; n++) codes[n] ^= (lane_code)QUERY_BIAS; /* of a byte: 128 more */
 }
 
 /* Whether keys are used where they lie. */
@@ -430,7 +428,7 @@ static void load_keys(const cpu_attention* attention, forward_workspace* item, i
             int8_t wide_scratch[CPU_MAX_HEAD_DIM];
             int8_t* scratch = sizeof(signed_code) == 1 ? (int8_t*)codes : wide_scratch; /* what is unpacked there needs no copy */
             const int8_t* differences = load_differences(key, at->b, at->kv_head, first_column + column, head_dim, scratch);
-            if ((const void*)differences != codes) write_codes(differences, head_dim, head_dim, 0, codes);
+            if ((const void*)differences != codes) write_codes(differences, head_dim, head_dim, codes);
         }
     }
     if (QUERY_BIAS) sum_keys(block, columns, keys_stay(attention) ? head_dim : key_pitch_of(attention));
