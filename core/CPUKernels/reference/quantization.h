@@ -201,13 +201,12 @@ static inline __attribute__((always_inline)) chunk_floats load_whole_chunk(const
 
 /* The numbers from channel d on; 0 beyond the last one. */
 static inline __attribute__((always_inline)) chunk_floats load_chunk(const float* row, int64_t d, int64_t channels) {
-    chunk_floats numbers = 0;
     if (channels - d >= CHUNK) {
-        memcpy(&numbers, row + d, sizeof numbers);
-    } else {
-        for (int64_t k = 0; k < channels - d; ++k) {
-            numbers[k] = row[d + k];
-        }
+        return load_whole_chunk(row + d);
+    }
+    chunk_floats numbers = 0;
+    for (int64_t k = 0; k < channels - d; ++k) {
+        numbers[k] = row[d + k];
     }
     return numbers;
 }
