@@ -9,9 +9,9 @@
  *   KERNEL_SLICE        floats in a register
  *   KERNEL_REGISTERS    how many of them there are
  *
- * The keys of a sequence are split into parts of PART_KEYS, and an item is one part of one head of keys, or of some that lie side by side. It
- * goes through its part in blocks, and through a block head by head: dot products of all its query rows with a block's keys (lanes are
- * channels), their softmax (lanes are keys), the weighted sum of the block's values (lanes are channels). What the items leave in shared
+ * The keys of a sequence are split into parts of PART_KEYS, and an item is a run of parts of one head of keys, or of some that lie side by
+ * side. It goes through its parts in blocks, and through a block head by head: dot products of all its query rows with a block's keys (lanes
+ * are channels), their softmax (lanes are keys), the weighted sum of the block's values (lanes are channels). What the items leave in shared
  * memory is joined, part by part in their order, when all are done.
  *
  * Elements become numbers in registers, without their scales: those of rows multiply scores and weights, those of channels the queries and
@@ -70,8 +70,9 @@ typedef uint64_t key_bits;
 enum {
     MOST_QUERIES = 4, /* rows of a head: with more, kernels whose lanes are rows are as fast */
     BLOCK_KEYS = CHAR_BIT * sizeof(key_bits),
-    PART_KEYS = 8 * BLOCK_KEYS, /* of an item: little enough to keep many threads busy, much beside what joining a part costs */
+    PART_KEYS = 8 * BLOCK_KEYS, /* little enough to keep many threads busy, much beside what joining a part costs */
     MOST_HEADS = 16,            /* of an item */
+    ITEMS_PER_THREAD = 4,       /* at least, where there are so many parts and heads */
     ROWS = 4,                   /* query rows that share a register of keys or values */
     SIDE_BY_SIDE = 2,           /* vectors whose exponentials are computed together */
     FETCHES_OF_ROW = 2,         /* during a row's softmax */
@@ -152,13 +153,21 @@ static bool lies_beside_next_head(const cpu_tensor* tensor, int64_t channels) {
 
 /* Heads of keys in an item: some, where each row lies beside that of the next head, for memory is read best in long runs. */
 static int64_t heads_of_item(const cpu_attention* attention) {
-    enum { ITEMS_PER_THREAD = 4 };
     if (!lies_beside_next_head(&attention->key, attention->head_dim)) return 1;
     if (!lies_beside_next_head(&attention->value, attention->head_dim_v)) return 1;
     int64_t heads = minimum(attention->num_kv_heads, MOST_HEADS);
     const int64_t others = attention->batch_size * part_count(attention), threads = attention->threads;
     while (threads > 1 && heads > 1 && others * divide_up(attention->num_kv_heads, heads) < ITEMS_PER_THREAD * threads) heads /= 2;
     return heads;
+}
+
+/* Parts in an item: what follows within an item is fetched in time, and its queries are at hand. Parts are joined one by one, whatever items
+ * they are in. */
+static int64_t parts_of_item(const cpu_attention* attention) {
+    const int64_t parts = part_count(attention), threads = attention->threads;
+    if (threads <= 1) return parts;
+    const int64_t runs = attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention));
+    return maximum(1, minimum(parts, runs * parts / (ITEMS_PER_THREAD * threads)));
 }
 
 /* Arrays of rows are of the rows of one head of keys, in one block, unless they are of all heads of an item. */
@@ -608,8 +617,12 @@ static bool decode_serves(const cpu_attention* attention) {
     return !KERNEL_INTEGER || (multiplies_codes(&attention->key) && multiplies_codes(&attention->value));
 }
 
+static int64_t runs_of_parts(const cpu_attention* attention) {
+    return divide_up(part_count(attention), parts_of_item(attention));
+}
+
 static int64_t decode_items(const cpu_attention* attention) {
-    return attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention)) * part_count(attention);
+    return attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention)) * runs_of_parts(attention);
 }
 
 /* A head of keys of an item. */
@@ -700,28 +713,30 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
 static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {
     decode_workspace workspace;
     decode_layout(attention, memory, &workspace);
-    const int64_t parts = part_count(attention), part = item % parts, most = heads_of_item(attention);
-    const int64_t groups = divide_up(attention->num_kv_heads, most), group = item / parts;
+    const int64_t parts = part_count(attention), runs = runs_of_parts(attention), most = heads_of_item(attention);
+    const int64_t groups = divide_up(attention->num_kv_heads, most), group = item / runs;
     const int64_t first_head = group % groups * most, count = minimum(most, attention->num_kv_heads - first_head);
+    const int64_t first_part = item % runs * parts_of_item(attention), last_part = minimum(parts, first_part + parts_of_item(attention));
     const int64_t rows = group_rows(attention);
     decoded_head heads[MOST_HEADS];
     for (int64_t n = 0; n < count; n++) {
         heads[n].at = locate_head(attention, group / groups, (first_head + n) * group_heads(attention));
         heads[n].workspace = select_head(attention, &workspace, n);
-        clear_partials(attention, &heads[n], part);
     }
 
-    column_range range = columns_of_rows(attention, &heads[0].at, 0, rows);
-    range.first = maximum(range.first / BLOCK_KEYS * BLOCK_KEYS, part * PART_KEYS);
-    const int64_t last_key = minimum(range.last, heads[0].at.keys);
-    range.last = minimum(last_key, (part + 1) * PART_KEYS);
-    const int64_t last_fetched = attention->threads == 1 ? last_key : range.last; /* the next part is the next item */
-    for (int64_t n = 0; n < count && range.first < range.last; n++) open_head(attention, &heads[n]);
-    for (int64_t column = range.first; column < range.last; column += BLOCK_KEYS) {
-        const int64_t columns = minimum(BLOCK_KEYS, range.last - column);
-        for (int64_t n = 0; n < count; n++) {
-            attend_block(attention, &heads[n], column, columns,
-                         find_rows_to_fetch(attention, heads, n, count, column, columns, last_fetched));
+    const column_range range = columns_of_rows(attention, &heads[0].at, 0, rows);
+    const int64_t first_key = maximum(range.first / BLOCK_KEYS * BLOCK_KEYS, first_part * PART_KEYS);
+    const int64_t last_key = minimum(minimum(range.last, heads[0].at.keys), last_part * PART_KEYS);
+    for (int64_t n = 0; n < count && first_key < last_key; n++) open_head(attention, &heads[n]);
+    for (int64_t part = first_part; part < last_part; part++) {
+        for (int64_t n = 0; n < count; n++) clear_partials(attention, &heads[n], part);
+        const int64_t last = minimum(last_key, (part + 1) * PART_KEYS);
+        for (int64_t column = maximum(first_key, part * PART_KEYS); column < last; column += BLOCK_KEYS) {
+            const int64_t columns = minimum(BLOCK_KEYS, last - column);
+            for (int64_t n = 0; n < count; n++) {
+                attend_block(attention, &heads[n], column, columns,
+                             find_rows_to_fetch(attention, heads, n, count, column, columns, last_key));
+            }
         }
     }
 
