@@ -339,7 +339,8 @@ static void apply_dropout(const cpu_attention* attention, forward_workspace* pan
     }
 }
 
-static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
+static forward_workspace* attend_block(const cpu_attention* attention, forward_workspace* waiting, forward_workspace* panel) {
+    (void)waiting;
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
     multiply_panel_by_rows(tile->rows, tile->columns, attention->head_dim, block->key, block->key_pitch, panel->query, tile->scores,
@@ -353,6 +354,7 @@ static void attend_block(const cpu_attention* attention, forward_workspace* pane
     multiply_panel_by_columns(tile->rows, attention->head_dim_v, tile->columns, block->finite_value, block->finite_pitch, tile->scores,
                               panel->output, panel->statistics.rescale);
     if (block->finite_value != block->value) poison_output(attention, panel);
+    return NULL;
 }
 
 /* ---- Items --------------------------------------------------------------------------------------------------------------------------- */

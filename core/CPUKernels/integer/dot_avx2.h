@@ -16,6 +16,11 @@
  *   round_weights(weights, logarithms, offsets)
  *                                     STEP vectors of weights, rounded to integers 0 ... 255, as lanes; to the nearest, but small ones after
  *                                     adding the offset of their column. logarithms: binary ones of weights / 255
+ * and where there are registers enough to compute weights a vector at a time, in between products
+ *   WEIGHS_AMONG_PRODUCTS             defined
+ *   weight_of(x, factor)              weight_exp2() of one vector
+ *   move_small_weight(weight, logarithm, offset), integer_weight(weight), pack_weights(weights)
+ *                                     the steps of round_weights()
  * and where less than a register of keys can be loaded
  *   LOADS_FEW_CODES                   1
  *   load_few_codes(codes, count)      `count` codes, whole steps, as lanes; 0 behind them, where nothing is read

@@ -194,6 +194,12 @@ typedef struct {
     bool any_zero;
 } column_block;
 
+/* What is found of a vector of rows while its scores are computed, as binary logarithms of weights. */
+typedef struct {
+    vector highest;
+    vector_mask any; /* whether a column is attended */
+} scan;
+
 typedef struct {
     score_tile tile;           /* scores: FP32; before that, where they are not plain, int32 dot products */
     bool plain;                /* scores are nothing but scaled dot products */
@@ -207,8 +213,9 @@ typedef struct {
     int32_t* weight_sums;      /* [PANEL_ROWS]: -VALUE_BIAS * sum of a block's rounded weights */
     float* block_factors;      /* [PANEL_ROWS]: what a block's integer sums are multiplied by */
     weight_offset* offsets;    /* [TILE_COLUMNS]: what is added to a small weight before it is rounded to the nearest */
-    column_block block;
-    real* rows; /* [PANEL_ROWS][row_pitch] */
+    column_block block, block_before;
+    scan scans[KERNEL_PANEL_VECTORS]; /* of the block, where scores are plain */
+    real* rows;                       /* [PANEL_ROWS][row_pitch] */
     int64_t row_pitch;
     upcoming_rows* upcoming;
 } forward_workspace;
@@ -226,11 +233,20 @@ static int64_t key_pitch_of(const cpu_attention* attention) {
     return QUERY_BIAS ? round_up(codes, CODES) : codes;
 }
 
+static void take_column_block(workspace_cursor* cursor, const cpu_attention* attention, column_block* block) {
+    block->key_memory = workspace_take(cursor, TILE_COLUMNS * key_pitch_of(attention), sizeof(signed_code));
+    block->values = workspace_take(cursor, TILE_COLUMNS * attention->head_dim_v, sizeof(signed_code));
+    block->key_offsets = workspace_take(cursor, TILE_COLUMNS, sizeof(int32_t));
+    block->key_scales = workspace_take_reals(cursor, TILE_COLUMNS);
+    block->value_logs = workspace_take_reals(cursor, TILE_COLUMNS);
+    block->value_inverses = workspace_take_reals(cursor, TILE_COLUMNS);
+    block->zero = workspace_take(cursor, TILE_COLUMNS, 1);
+}
+
 static size_t forward_layout(const cpu_attention* attention, void* memory, forward_workspace* workspace) {
     workspace_cursor cursor = {memory, 0};
     const int64_t rows = forward_tile_rows(attention), head_dim_v = attention->head_dim_v;
     const int64_t codes = steps_of(attention->head_dim) * STEP;
-    column_block* block = &workspace->block;
     take_score_tile(&cursor, attention, PANEL_ROWS, false, &workspace->tile);
     workspace->query = workspace_take(&cursor, codes * rows, sizeof(lane_code));
     workspace->query_scales = workspace_take_reals(&cursor, rows);
@@ -242,13 +258,11 @@ static size_t forward_layout(const cpu_attention* attention, void* memory, forwa
     workspace->weight_sums = workspace_take(&cursor, PANEL_ROWS, sizeof(int32_t));
     workspace->block_factors = workspace_take_reals(&cursor, PANEL_ROWS);
     workspace->offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(weight_offset));
-    block->key_memory = workspace_take(&cursor, TILE_COLUMNS * key_pitch_of(attention), sizeof(signed_code));
-    block->values = workspace_take(&cursor, TILE_COLUMNS * head_dim_v, sizeof(signed_code));
-    block->key_offsets = workspace_take(&cursor, TILE_COLUMNS, sizeof(int32_t));
-    block->key_scales = workspace_take_reals(&cursor, TILE_COLUMNS);
-    block->value_logs = workspace_take_reals(&cursor, TILE_COLUMNS);
-    block->value_inverses = workspace_take_reals(&cursor, TILE_COLUMNS);
-    block->zero = workspace_take(&cursor, TILE_COLUMNS, 1);
+    take_column_block(&cursor, attention, &workspace->block);
+    workspace->block_before = workspace->block;
+#ifdef WEIGHS_AMONG_PRODUCTS
+    take_column_block(&cursor, attention, &workspace->block_before);
+#endif
     workspace->row_pitch = round_up(maximum(head_dim_v, steps_of(attention->head_dim)), LANES);
     workspace->rows = workspace_take_reals(&cursor, PANEL_ROWS * workspace->row_pitch);
     return cursor.used;
@@ -512,7 +526,11 @@ static void load_values(const cpu_attention* attention, forward_workspace* item,
     scale_values(attention, item, first_column, columns);
 }
 
+/* The block before it stays in memory, for a panel that waits. */
 static void load_block(const cpu_attention* attention, forward_workspace* item, int64_t first_column, int64_t columns) {
+    const column_block memory = item->block_before;
+    item->block_before = item->block;
+    item->block = memory;
     load_keys(attention, item, first_column, columns);
     load_values(attention, item, first_column, columns);
 }
@@ -586,12 +604,6 @@ INLINE void accumulate_products(const int vectors, const int count, int64_t step
     }
 }
 
-/* What is found of a vector of rows while its scores are computed, as binary logarithms of weights. */
-typedef struct {
-    vector highest;
-    vector_mask any; /* whether a column is attended */
-} scan;
-
 /* How the products of keys are left in tile.scores. */
 typedef enum {
     AS_PRODUCTS,           /* as they are, int32 */
@@ -624,17 +636,26 @@ typedef struct {
     float* scores;
 } key_product;
 
-/* Scores of `count` keys from `first` on against the panel. */
-INLINE void multiply_keys(const int vectors, const int count, const left_products left, int64_t first, const score_tile* tile,
-                          key_product* product, upcoming_rows* upcoming) {
-    int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+/* What sums start from. */
+INLINE void open_products(const int vectors, const int count, int64_t first, const key_product* product,
+                          int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
 #pragma clang loop unroll(full)
         for (int v = 0; v < vectors; v++) sums[k][v] = QUERY_BIAS ? (int_vector)product->offsets[first + k] : (int_vector)0;
     }
-    accumulate_products(vectors, count, product->steps, product->query, product->keys + first * product->pitch, STEP, product->pitch, false,
-                        sums);
+}
+
+/* Adds the products of steps first_step ..< last_step. */
+INLINE void add_steps(const int vectors, const int count, int64_t first, int64_t first_step, int64_t last_step, const key_product* product,
+                      int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
+    accumulate_products(vectors, count, last_step - first_step, product->query + first_step * vectors * LANES * STEP,
+                        product->keys + first * product->pitch + first_step * STEP, STEP, product->pitch, false, sums);
+}
+
+/* Writes them to tile.scores. */
+INLINE void leave_products(const int vectors, const int count, const left_products left, int64_t first, const score_tile* tile,
+                           key_product* product, const int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS]) {
 #pragma clang loop unroll(full)
     for (int k = 0; k < count; k++) {
 #pragma clang loop unroll(full)
@@ -650,6 +671,15 @@ INLINE void multiply_keys(const int vectors, const int count, const left_product
             }
         }
     }
+}
+
+/* Scores of `count` keys from `first` on against the panel. */
+INLINE void multiply_keys(const int vectors, const int count, const left_products left, int64_t first, const score_tile* tile,
+                          key_product* product, upcoming_rows* upcoming) {
+    int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+    open_products(vectors, count, first, product, sums);
+    add_steps(vectors, count, first, 0, product->steps, product, sums);
+    leave_products(vectors, count, left, first, tile, product, sums);
     fetch_upcoming(upcoming);
 }
 
@@ -706,11 +736,9 @@ INLINE key_product product_of_keys(const int vectors, const forward_workspace* p
         .steps = steps,
         .scores = panel->tile.scores,
     };
-    const column_range whole = panel->tile.whole;
-    const vector_mask any = whole.first < whole.last ? (vector_mask)(real_bits)-1 : (vector_mask)(real_bits)0;
     for (int v = 0; v < vectors; v++) {
         product.query_scales[v] = vector_load(panel->query_scales + v * LANES);
-        product.scans[v] = (scan){vector_of(NO_WEIGHT), any};
+        product.scans[v] = panel->scans[v];
     }
     return product;
 }
@@ -723,20 +751,20 @@ INLINE void compute_products_of(const int vectors, const forward_workspace* pane
 #undef MULTIPLY_KEYS
 }
 
-/* Plain scores of the block's keys, as logarithms of weights. */
-INLINE void compute_logarithms_of(const int vectors, const forward_workspace* panel, int64_t steps, scan scans[KERNEL_PANEL_VECTORS]) {
+/* Plain scores of the block's keys from `first` on, as logarithms of weights. */
+INLINE void compute_logarithms_of(const int vectors, forward_workspace* panel, int64_t steps, int64_t first) {
     const column_range whole = panel->tile.whole;
-    const int64_t columns = panel->tile.columns;
+    const int64_t columns = panel->tile.columns - first;
     key_product product = product_of_keys(vectors, panel, steps);
-#define MULTIPLY_KEYS(n, count)                                                                           \
-    if ((n) >= whole.first && (n) + (count) <= whole.last) {                                              \
-        multiply_keys(vectors, count, AS_LOGARITHMS, n, &panel->tile, &product, panel->upcoming);         \
-    } else {                                                                                              \
-        multiply_keys(vectors, count, AS_LOGARITHMS_LIMITED, n, &panel->tile, &product, panel->upcoming); \
+#define MULTIPLY_KEYS(n, count)                                                                                     \
+    if (first + (n) >= whole.first && first + (n) + (count) <= whole.last) {                                        \
+        multiply_keys(vectors, count, AS_LOGARITHMS, first + (n), &panel->tile, &product, panel->upcoming);         \
+    } else {                                                                                                        \
+        multiply_keys(vectors, count, AS_LOGARITHMS_LIMITED, first + (n), &panel->tile, &product, panel->upcoming); \
     }
     BY_PRODUCT_ROWS(columns, MULTIPLY_KEYS);
 #undef MULTIPLY_KEYS
-    for (int v = 0; v < vectors; v++) scans[v] = product.scans[v];
+    for (int v = 0; v < vectors; v++) panel->scans[v] = product.scans[v];
 }
 
 INLINE void accumulate_output_of(const int vectors, const forward_workspace* panel, int64_t channels) {
@@ -763,8 +791,8 @@ static void compute_products(const forward_workspace* panel, int64_t steps) {
     WITH_VECTORS(compute_products_of, panel, steps)
 }
 
-static void compute_logarithms(const forward_workspace* panel, int64_t steps, scan scans[KERNEL_PANEL_VECTORS]) {
-    WITH_VECTORS(compute_logarithms_of, panel, steps, scans)
+static void compute_logarithms(forward_workspace* panel, int64_t steps, int64_t first) {
+    WITH_VECTORS(compute_logarithms_of, panel, steps, first)
 }
 
 static void accumulate_output(const forward_workspace* panel, int64_t channels) {
@@ -803,23 +831,47 @@ INLINE zero_values take_zero_values(const column_block* block, const score_tile*
     return taken;
 }
 
-/* Rounds the weights of a vector of rows and joins the block with what came before. tile.scores holds the weights' binary logarithms,
- * NO_WEIGHT where there is none, of which `highest` is the largest; `offset` is what scores have in addition. */
-INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, vector offset, zero_values zeros) {
-    const score_tile* tile = &panel->tile;
-    const row_statistics* statistics = &panel->statistics;
-    const vector reference = vector_select(highest == NO_WEIGHT, vector_of(0), highest);
+/* What is known of a vector of rows while a block's weights are computed. */
+typedef struct {
+    vector highest, offset; /* of the binary logarithms; what scores have in addition */
+    zero_values zeros;
+    vector reference, sum; /* of the exponentials, which are taken over the reference */
+    int_vector weight_sum;
+} weighing;
 
+INLINE weighing open_weighing(vector highest, vector offset, zero_values zeros) {
+    return (weighing){
+        .highest = highest,
+        .offset = offset,
+        .zeros = zeros,
+        .reference = vector_select(highest == NO_WEIGHT, vector_of(0), highest),
+        .sum = vector_of(0),
+        .weight_sum = 0,
+    };
+}
+
+/* Columns in whole steps; those behind the last one get no weight. */
+INLINE int64_t pad_columns(const score_tile* tile, int64_t row) {
+    const int64_t columns = round_up(tile->columns, STEP);
+    for (int64_t column = tile->columns; column < columns; column++) {
+        vector_store(tile->scores + column * tile->rows + row, vector_of(NO_WEIGHT));
+    }
+    return columns;
+}
+
+/* Rounds the weights of a vector of rows in columns first ..< last. tile.scores holds their binary logarithms, NO_WEIGHT where there is
+ * none. */
+INLINE void weigh_columns(const forward_workspace* panel, int64_t row, int64_t first, int64_t last, weighing* weighing) {
     /* In variables of their own: for all the compiler knows, weights are written over the workspace. */
-    const int64_t rows = tile->rows, columns = round_up(tile->columns, STEP);
+    const int64_t rows = panel->tile.rows;
     const float* inverses = panel->block.value_inverses;
     const weight_offset* offsets = panel->offsets;
-    float* scores = tile->scores + row;
+    const float* scores = panel->tile.scores + row;
     lane_code* out = panel->weights + row * STEP;
-    vector sum = vector_of(0);
-    int_vector weight_sum = 0;
-    for (int64_t column = tile->columns; column < columns; column++) vector_store(scores + column * rows, vector_of(NO_WEIGHT));
-    for (int64_t column = 0; column < columns; column += STEP) {
+    const vector reference = weighing->reference;
+    vector sum = weighing->sum;
+    int_vector weight_sum = weighing->weight_sum;
+    for (int64_t column = first; column < last; column += STEP) {
         vector logarithms[STEP], weights[STEP];
         for (int k = 0; k < STEP; k++) logarithms[k] = weights[k] = vector_load(scores + (column + k) * rows) - reference;
         weight_exp2(weights, LARGEST_WEIGHT * (1 << WEIGHT_FRACTION_BITS));
@@ -828,9 +880,18 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
         if (VALUE_BIAS) weight_sum = add_weighted(weight_sum, packed, SIGNED_ONES);
         *(int_vector*)(out + column * rows) = packed;
     }
-    if (VALUE_BIAS) *(int_vector*)(panel->weight_sums + row) = weight_sum * -VALUE_BIAS;
+    weighing->sum = sum;
+    weighing->weight_sum = weight_sum;
+}
 
-    *(vector_mask*)(tile->infinite + row) |= highest > -NO_WEIGHT;
+/* Joins the block with what came before. */
+INLINE void close_weighing(forward_workspace* panel, int64_t row, const weighing* weighing) {
+    const row_statistics* statistics = &panel->statistics;
+    const vector highest = weighing->highest, offset = weighing->offset;
+    const zero_values zeros = weighing->zeros;
+    if (VALUE_BIAS) *(int_vector*)(panel->weight_sums + row) = weighing->weight_sum * -VALUE_BIAS;
+
+    *(vector_mask*)(panel->tile.infinite + row) |= highest > -NO_WEIGHT;
     const vector old = vector_load(statistics->highest + row);
     const vector block = vector_select(highest == NO_WEIGHT, vector_of(-INFINITY), highest + offset);
     const vector zero_block = vector_select(zeros.highest == NO_WEIGHT, vector_of(-INFINITY), zeros.highest + offset);
@@ -838,12 +899,18 @@ INLINE void weigh_block(forward_workspace* panel, int64_t row, vector highest, v
     const vector origin = vector_select(joined == -INFINITY, vector_of(0), joined);
     const vector rescale = vector_exp2(old - origin);
     const vector factor = vector_exp2(block - origin) * (1.0f / LARGEST_WEIGHT);
-    sum *= factor * (1.0f / (1 << WEIGHT_FRACTION_BITS));
+    const vector sum = weighing->sum * (factor * (1.0f / (1 << WEIGHT_FRACTION_BITS)));
     const vector total = vector_load(statistics->sum + row) * rescale + sum + zeros.sum * vector_exp2(zero_block - origin);
     vector_store(statistics->highest + row, joined);
     vector_store(statistics->rescale + row, rescale);
     vector_store(statistics->sum + row, total);
     vector_store(panel->block_factors + row, factor);
+}
+
+/* All columns of a vector of rows. */
+INLINE void weigh_rows(forward_workspace* panel, int64_t row, weighing weighing) {
+    weigh_columns(panel, row, 0, pad_columns(&panel->tile, row), &weighing);
+    close_weighing(panel, row, &weighing);
 }
 
 /* The highest of a vector of rows in tile.scores. */
@@ -855,28 +922,113 @@ INLINE vector highest_of_block(const score_tile* tile, int64_t row) {
     return highest;
 }
 
-/* A block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
-static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
+/* Of a block whose scores are nothing but scaled dot products; limits and a boolean mask may exclude some of them. */
+INLINE weighing open_plain_weighing(const cpu_attention* attention, forward_workspace* panel, int64_t row) {
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
-    scan scans[KERNEL_PANEL_VECTORS];
-    compute_logarithms(panel, steps_of(attention->head_dim), scans);
-    for (int64_t row = 0; row < tile->rows; row += LANES) {
-        const vector_mask any = scans[row / LANES].any;
-        vector highest = scans[row / LANES].highest;
-        const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
-        /* An infinite scale makes a score of 0 NaN, of which neither the highest score nor a weight tells. */
-        const vector size = highest + offset, scale = vector_load(panel->query_scales + row) * block->largest_key_scale;
-        *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (scale - scale != 0) | (highest == NO_WEIGHT)) & any;
-        *(vector_mask*)(panel->statistics.attended + row) |= any;
-        zero_values zeros = {.highest = vector_of(NO_WEIGHT), .sum = vector_of(0)};
-        if (block->any_zero) {
-            zeros = take_zero_values(block, tile, row);
-            highest = highest_of_block(tile, row);
-        }
-        weigh_block(panel, row, highest, offset, zeros);
+    const vector_mask any = panel->scans[row / LANES].any;
+    vector highest = panel->scans[row / LANES].highest;
+    const vector offset = vector_load(panel->mean_scores + row) * (float)(attention->softmax_scale / LN_2);
+    /* An infinite scale makes a score of 0 NaN, of which neither the highest score nor a weight tells. */
+    const vector size = highest + offset, scale = vector_load(panel->query_scales + row) * block->largest_key_scale;
+    *(vector_mask*)(tile->infinite + row) |= ((size - size != 0) | (scale - scale != 0) | (highest == NO_WEIGHT)) & any;
+    *(vector_mask*)(panel->statistics.attended + row) |= any;
+    zero_values zeros = {.highest = vector_of(NO_WEIGHT), .sum = vector_of(0)};
+    if (block->any_zero) {
+        zeros = take_zero_values(block, tile, row);
+        highest = highest_of_block(tile, row);
+    }
+    return open_weighing(highest, offset, zeros);
+}
+
+static void open_scans(forward_workspace* panel) {
+    const column_range whole = panel->tile.whole;
+    const vector_mask any = whole.first < whole.last ? (vector_mask)(real_bits)-1 : (vector_mask)(real_bits)0;
+    for (int v = 0; v < KERNEL_PANEL_VECTORS; v++) panel->scans[v] = (scan){vector_of(NO_WEIGHT), any};
+}
+
+static void weigh_plain_block(const cpu_attention* attention, forward_workspace* panel) {
+    for (int64_t row = 0; row < panel->tile.rows; row += LANES) {
+        weigh_rows(panel, row, open_plain_weighing(attention, panel, row));
     }
 }
+
+#ifdef WEIGHS_AMONG_PRODUCTS
+enum {
+    PARTS = KERNEL_PANEL_VECTORS * STEP, /* vectors of weights that are computed in between the products of STEP keys */
+    MOST_STEPS_AT_ONCE = 4,              /* of keys between two of them: with more, that gains nothing */
+};
+
+/* Whether a panel waits for the next one, that it may be weighed while that is multiplied. */
+static bool waits_for_next(const cpu_attention* attention, const forward_workspace* panel) {
+    const int64_t steps = steps_of(attention->head_dim);
+    return panel->tile.rows == PANEL_ROWS && steps % PARTS == 0 && steps <= MOST_STEPS_AT_ONCE * PARTS;
+}
+
+/* Weighs the columns before `last` of one panel and multiplies their keys, or those of the next block, with another panel, whose scores take
+ * their place. One keeps the units busy that the other leaves idle, but only if their instructions alternate: processors do not look far
+ * enough ahead for more (Zen 5). `steps_at_once`: of keys between two vectors of weights. */
+INLINE void weigh_among_products(const int steps_at_once, const forward_workspace* weighed, weighing weighings[KERNEL_PANEL_VECTORS],
+                                 const forward_workspace* multiplied, key_product* product, int64_t last) {
+    enum { VECTORS = KERNEL_PANEL_VECTORS };
+    /* In variables of their own: for all the compiler knows, weights are written over the workspace. */
+    const float* inverses = weighed->block.value_inverses;
+    const weight_offset* offsets = weighed->offsets;
+    lane_code* out = weighed->weights;
+    vector reference[VECTORS], sum[VECTORS];
+    for (int v = 0; v < VECTORS; v++) reference[v] = weighings[v].reference, sum[v] = weighings[v].sum;
+    for (int64_t column = 0; column < last; column += STEP) {
+        const float* scores = product->scores + column * VECTORS * LANES;
+        int_vector sums[PRODUCT_ROWS][KERNEL_PANEL_VECTORS];
+        int_vector weights[STEP];
+        open_products(VECTORS, STEP, column, product, sums);
+#pragma clang loop unroll(full)
+        for (int part = 0; part < PARTS; part++) {
+            const int v = part / STEP, k = part % STEP;
+            const vector logarithm = vector_load(scores + (k * VECTORS + v) * LANES) - reference[v];
+            const vector weight = weight_of(logarithm, LARGEST_WEIGHT);
+            sum[v] += weight * inverses[column + k];
+            weights[k] = integer_weight(move_small_weight(weight, logarithm, offsets[column + k]));
+            __asm__ volatile("" ::: "memory"); /* lest the compiler sorts them again, for which registers do not suffice */
+            add_steps(VECTORS, STEP, column, part * steps_at_once, (part + 1) * steps_at_once, product, sums);
+            if (k == STEP - 1) *(int_vector*)(out + (column * VECTORS + v * STEP) * LANES) = pack_weights(weights);
+        }
+        leave_products(VECTORS, STEP, AS_LOGARITHMS, column, &multiplied->tile, product, sums);
+        fetch_upcoming(multiplied->upcoming);
+    }
+    for (int v = 0; v < VECTORS; v++) weighings[v].sum = sum[v];
+}
+
+/* Weighs a block for one panel and computes the plain scores of the next one. */
+static void weigh_and_multiply(const cpu_attention* attention, forward_workspace* weighed, forward_workspace* multiplied) {
+    enum { VECTORS = KERNEL_PANEL_VECTORS };
+    const int64_t steps = steps_of(attention->head_dim);
+    weighing weighings[VECTORS];
+    int64_t columns = 0, column = 0;
+    for (int v = 0; v < VECTORS; v++) {
+        weighings[v] = open_plain_weighing(attention, weighed, v * LANES);
+        columns = pad_columns(&weighed->tile, v * LANES);
+    }
+    open_scans(multiplied);
+    const column_range whole = multiplied->tile.whole;
+    if (whole.first == 0) {
+        key_product product = product_of_keys(VECTORS, multiplied, steps);
+        column = minimum(columns, whole.last) / STEP * STEP;
+        switch (steps) {
+        case PARTS: weigh_among_products(1, weighed, weighings, multiplied, &product, column); break;
+        case 2 * PARTS: weigh_among_products(2, weighed, weighings, multiplied, &product, column); break;
+        case 3 * PARTS: weigh_among_products(3, weighed, weighings, multiplied, &product, column); break;
+        default: weigh_among_products(MOST_STEPS_AT_ONCE, weighed, weighings, multiplied, &product, column); break;
+        }
+        for (int v = 0; v < VECTORS; v++) multiplied->scans[v] = product.scans[v];
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        weigh_columns(weighed, v * LANES, column, columns, &weighings[v]);
+        close_weighing(weighed, v * LANES, &weighings[v]);
+    }
+    if (column < multiplied->tile.columns) compute_logarithms(multiplied, steps, column);
+}
+#endif
 
 /* The block's scores in natural units, with everything that options do to them. */
 static void compute_scores(const cpu_attention* attention, forward_workspace* panel) {
@@ -906,7 +1058,7 @@ static void weigh_general_block(const cpu_attention* attention, forward_workspac
         }
         *(vector_mask*)(panel->statistics.attended + row) = attended;
         const zero_values zeros = take_zero_values(&panel->block, tile, row);
-        weigh_block(panel, row, highest_of_block(tile, row), vector_of(0), zeros);
+        weigh_rows(panel, row, open_weighing(highest_of_block(tile, row), vector_of(0), zeros));
     }
 }
 
@@ -923,16 +1075,39 @@ static void begin_item(const cpu_attention* attention, forward_workspace* item) 
     const int64_t pitch = key_pitch_of(attention);
     if (attention->head_dim < pitch && !keys_stay(attention)) { /* what is behind their last code */
         memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
+        memset(item->block_before.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
     }
 }
 
-static void attend_block(const cpu_attention* attention, forward_workspace* panel) {
-    if (panel->plain) {
-        weigh_plain_block(attention, panel);
-    } else {
-        weigh_general_block(attention, panel);
-    }
+/* What remains of a block whose plain scores are computed. */
+static void finish_plain_block(const cpu_attention* attention, forward_workspace* panel) {
+    weigh_plain_block(attention, panel);
     accumulate_output(panel, attention->head_dim_v);
+}
+
+static forward_workspace* attend_block(const cpu_attention* attention, forward_workspace* waiting, forward_workspace* panel) {
+    if (panel && !panel->plain) {
+        weigh_general_block(attention, panel);
+        accumulate_output(panel, attention->head_dim_v);
+        return NULL;
+    }
+#ifdef WEIGHS_AMONG_PRODUCTS
+    const bool waits = panel && waits_for_next(attention, panel);
+    if (waits && waiting) {
+        weigh_and_multiply(attention, waiting, panel);
+        accumulate_output(waiting, attention->head_dim_v);
+        return panel;
+    }
+#else
+    const bool waits = false;
+#endif
+    if (waiting) finish_plain_block(attention, waiting);
+    if (!panel) return NULL;
+    open_scans(panel);
+    compute_logarithms(panel, steps_of(attention->head_dim), 0);
+    if (waits) return panel;
+    finish_plain_block(attention, panel);
+    return NULL;
 }
 
 static const float* channel_scales(const cpu_attention* attention, const head_position* position, int64_t* stride) {

@@ -8,7 +8,9 @@
  *   select_queries()       makes what the kernel keeps of each row that of a panel
  *   open_queries()         reads a panel's queries
  *   load_block()           reads a block of keys and values
- *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns
+ *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns. It may leave
+ *                          some of that to the next call, for which it returns the panel: it is given what the last call returned, and
+ *                          after an item's last panel NULL in place of one; until then the block before stays in memory
  *   channel_scales()       what each channel of the output has to be multiplied by, `stride` apart; NULL: nothing
  *   FARTHEST_SCORE         rows whose highest score, as a binary logarithm, is farther from 0 are computed again
  *   FETCH_NEIGHBOURS       whether rows that follow one another are fetched too, not left to the processor
@@ -16,23 +18,22 @@
 
 enum { PANELS = TILE_ROWS / PANEL_ROWS }; /* of an item at most */
 
-/* Makes a panel of an item's rows the one that the workspace's tile and statistics speak of. */
-static forward_workspace select_panel(const cpu_attention* attention, const forward_workspace* item, int64_t first_row, int64_t rows,
-                                      int64_t panel) {
-    forward_workspace selected = *item;
+/* Makes a panel of an item's rows the one that `selected` speaks of, its tile and statistics too. */
+static void select_panel(const cpu_attention* attention, const forward_workspace* item, int64_t first_row, int64_t rows, int64_t panel,
+                         forward_workspace* selected) {
     const int64_t first = panel * PANEL_ROWS;
-    selected.tile.first_row = first_row + first;
-    selected.tile.valid_rows = minimum(PANEL_ROWS, rows - first);
-    selected.tile.rows = round_up(selected.tile.valid_rows, LANES);
-    selected.tile.infinite = item->infinite + first;
-    selected.output = item->output + first * attention->head_dim_v;
-    selected.statistics.highest += first;
-    selected.statistics.sum += first;
-    selected.statistics.rescale += first;
-    selected.statistics.attended += first;
-    selected.statistics.is_nan += first;
-    select_queries(attention, &selected, first);
-    return selected;
+    *selected = *item;
+    selected->tile.first_row = first_row + first;
+    selected->tile.valid_rows = minimum(PANEL_ROWS, rows - first);
+    selected->tile.rows = round_up(selected->tile.valid_rows, LANES);
+    selected->tile.infinite = item->infinite + first;
+    selected->output = item->output + first * attention->head_dim_v;
+    selected->statistics.highest += first;
+    selected->statistics.sum += first;
+    selected->statistics.rescale += first;
+    selected->statistics.attended += first;
+    selected->statistics.is_nan += first;
+    select_queries(attention, selected, first);
 }
 
 /* Writes the panel's rows. Returns those (bit by bit) that have to be computed again, since a score or a result was not finite, or all scores
@@ -146,31 +147,36 @@ static void forward_run(const cpu_attention* attention, int64_t item, void* memo
     begin_item(attention, &workspace);
     const int64_t panels = divide_up(rows, PANEL_ROWS);
     for (int64_t p = 0; p < panels; p++) {
-        forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
+        forward_workspace panel;
+        select_panel(attention, &workspace, first_row, rows, p, &panel);
         open_queries(attention, &panel);
         clear_row_statistics(&panel.statistics, &panel.tile);
         memset(panel.output, 0, (size_t)(attention->head_dim_v * panel.tile.rows) * sizeof(real));
     }
     const column_range range = columns_of_rows(attention, &position, first_row, rows);
+    forward_workspace turns[2], *waiting = NULL;
+    upcoming_rows upcoming;
     for (int64_t column = range.first / TILE_COLUMNS * TILE_COLUMNS; column < range.last; column += TILE_COLUMNS) {
         const int64_t columns = minimum(TILE_COLUMNS, range.last - column);
-        upcoming_rows upcoming =
-            find_upcoming_rows(attention, item, &position, column, range.last, panels * divide_up(columns, PRODUCT_ROWS));
+        upcoming = find_upcoming_rows(attention, item, &position, column, range.last, panels * divide_up(columns, PRODUCT_ROWS));
         bool loaded = false;
         for (int64_t p = 0; p < panels; p++) {
-            forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
-            const column_range own = columns_of_rows(attention, &position, panel.tile.first_row, panel.tile.valid_rows);
-            if (!place_score_tile(attention, &panel.tile, column, own.last)) continue;
+            forward_workspace* panel = waiting == &turns[0] ? &turns[1] : &turns[0];
+            select_panel(attention, &workspace, first_row, rows, p, panel);
+            const column_range own = columns_of_rows(attention, &position, panel->tile.first_row, panel->tile.valid_rows);
+            if (!place_score_tile(attention, &panel->tile, column, own.last)) continue;
             if (!loaded) load_block(attention, &workspace, column, columns);
             loaded = true;
-            panel.block = workspace.block;
-            panel.upcoming = &upcoming;
-            attend_block(attention, &panel);
+            panel->block = workspace.block;
+            panel->upcoming = &upcoming;
+            waiting = attend_block(attention, waiting, panel);
         }
     }
+    if (waiting) attend_block(attention, waiting, NULL);
     uint64_t again[PANELS];
     for (int64_t p = 0; p < panels; p++) {
-        forward_workspace panel = select_panel(attention, &workspace, first_row, rows, p);
+        forward_workspace panel;
+        select_panel(attention, &workspace, first_row, rows, p, &panel);
         again[p] = close_panel(attention, &panel);
     }
     /* The workspace is no longer needed: it is given to what computes rows again. */
