@@ -72,7 +72,7 @@ enum {
     BLOCK_KEYS = CHAR_BIT * sizeof(key_bits),
     PART_KEYS = 8 * BLOCK_KEYS, /* little enough to keep many threads busy, much beside what joining a part costs */
     MOST_HEADS = 16,            /* of an item */
-    ITEMS_PER_THREAD = 4,       /* at least, where there are so many parts and heads */
+    ITEMS_PER_THREAD = 4,       /* at least, where as many parts of heads are attended */
     ROWS = 4,                   /* query rows that share a register of keys or values */
     SIDE_BY_SIDE = 2,           /* vectors whose exponentials are computed together */
     FETCHES_OF_ROW = 2,         /* during a row's softmax */
@@ -159,15 +159,6 @@ static int64_t heads_of_item(const cpu_attention* attention) {
     const int64_t others = attention->batch_size * part_count(attention), threads = attention->threads;
     while (threads > 1 && heads > 1 && others * divide_up(attention->num_kv_heads, heads) < ITEMS_PER_THREAD * threads) heads /= 2;
     return heads;
-}
-
-/* Parts in an item: what follows within an item is fetched in time, and its queries are at hand. Parts are joined one by one, whatever items
- * they are in. */
-static int64_t parts_of_item(const cpu_attention* attention) {
-    const int64_t parts = part_count(attention), threads = attention->threads;
-    if (threads <= 1) return parts;
-    const int64_t runs = attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention));
-    return maximum(1, minimum(parts, runs * parts / (ITEMS_PER_THREAD * threads)));
 }
 
 /* Arrays of rows are of the rows of one head of keys, in one block, unless they are of all heads of an item. */
@@ -615,6 +606,25 @@ static void finish_decoded_row(const cpu_attention* attention, int64_t b, int64_
 static bool decode_serves(const cpu_attention* attention) {
     if (attention->seq_len_q > MOST_QUERIES || attention->dropout_p != 0) return false;
     return !KERNEL_INTEGER || (multiplies_codes(&attention->key) && multiplies_codes(&attention->value));
+}
+
+/* Parts that the queries of a sequence attend. */
+static int64_t attended_parts(const cpu_attention* attention, int64_t b) {
+    const head_position at = locate_head(attention, b, 0);
+    const column_range range = columns_of_rows(attention, &at, 0, group_rows(attention));
+    const int64_t last = minimum(range.last, at.keys);
+    return range.first < last ? divide_up(last, PART_KEYS) - range.first / PART_KEYS : 0;
+}
+
+/* Parts in an item: what follows within an item is fetched in time, and its queries are at hand. Parts are joined one by one, whatever items
+ * they are in. */
+static int64_t parts_of_item(const cpu_attention* attention) {
+    const int64_t parts = part_count(attention), items = ITEMS_PER_THREAD * attention->threads, batch = attention->batch_size;
+    const int64_t groups = divide_up(attention->num_kv_heads, heads_of_item(attention));
+    if (attention->threads <= 1 || batch * groups >= items) return parts;
+    int64_t attended = 0;
+    for (int64_t b = 0; b < batch; b++) attended += attended_parts(attention, b);
+    return maximum(1, minimum(parts, attended * groups / items));
 }
 
 static int64_t runs_of_parts(const cpu_attention* attention) {
