@@ -958,6 +958,7 @@ enum {
     PARTS = KERNEL_PANEL_VECTORS * STEP, /* vectors of weights that are computed in between the products of STEP keys */
     MOST_STEPS_AT_ONCE = 4,              /* of keys between two of them: with more, that gains nothing */
 };
+_Static_assert(VALUE_BIAS == 0 && WEIGHT_FRACTION_BITS == 0 && STEP <= PRODUCT_ROWS, "what weigh_among_products() leaves out");
 
 /* Whether a panel waits for the next one, that it may be weighed while that is multiplied. */
 static bool waits_for_next(const cpu_attention* attention, const forward_workspace* panel) {
@@ -1075,7 +1076,9 @@ static void begin_item(const cpu_attention* attention, forward_workspace* item) 
     const int64_t pitch = key_pitch_of(attention);
     if (attention->head_dim < pitch && !keys_stay(attention)) { /* what is behind their last code */
         memset(item->block.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
+#ifdef WEIGHS_AMONG_PRODUCTS
         memset(item->block_before.key_memory, 0, (size_t)(TILE_COLUMNS * pitch) * sizeof(signed_code));
+#endif
     }
 }
 

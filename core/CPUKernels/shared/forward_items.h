@@ -8,9 +8,9 @@
  *   select_queries()       makes what the kernel keeps of each row that of a panel
  *   open_queries()         reads a panel's queries
  *   load_block()           reads a block of keys and values
- *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns. It may leave
- *                          some of that to the next call, for which it returns the panel: it is given what the last call returned, and
- *                          after an item's last panel NULL in place of one; until then the block before stays in memory
+ *   attend_block()         adds what the placed panel attends of the block; it calls fetch_upcoming() after PRODUCT_ROWS columns or fewer. It
+ *                          may leave some of that to the next call, for which it returns the panel: it is given what the last call
+ *                          returned, and after an item's last panel NULL in place of one; until then the block before stays in memory
  *   channel_scales()       what each channel of the output has to be multiplied by, `stride` apart; NULL: nothing
  *   FARTHEST_SCORE         rows whose highest score, as a binary logarithm, is farther from 0 are computed again
  *   FETCH_NEIGHBOURS       whether rows that follow one another are fetched too, not left to the processor
