@@ -616,23 +616,24 @@ static int64_t attended_parts(const cpu_attention* attention, int64_t b) {
     return range.first < last ? divide_up(last, PART_KEYS) - range.first / PART_KEYS : 0;
 }
 
+/* Items side by side in the heads of a sequence. */
+static int64_t groups_of_heads(const cpu_attention* attention) {
+    return divide_up(attention->num_kv_heads, heads_of_item(attention));
+}
+
 /* Parts in an item: what follows within an item is fetched in time, and its queries are at hand. Parts are joined one by one, whatever items
  * they are in. */
 static int64_t parts_of_item(const cpu_attention* attention) {
     const int64_t parts = part_count(attention), items = ITEMS_PER_THREAD * attention->threads, batch = attention->batch_size;
-    const int64_t groups = divide_up(attention->num_kv_heads, heads_of_item(attention));
+    const int64_t groups = groups_of_heads(attention);
     if (attention->threads <= 1 || batch * groups >= items) return parts;
     int64_t attended = 0;
     for (int64_t b = 0; b < batch; b++) attended += attended_parts(attention, b);
     return maximum(1, minimum(parts, attended * groups / items));
 }
 
-static int64_t runs_of_parts(const cpu_attention* attention) {
-    return divide_up(part_count(attention), parts_of_item(attention));
-}
-
 static int64_t decode_items(const cpu_attention* attention) {
-    return attention->batch_size * divide_up(attention->num_kv_heads, heads_of_item(attention)) * runs_of_parts(attention);
+    return attention->batch_size * groups_of_heads(attention) * divide_up(part_count(attention), parts_of_item(attention));
 }
 
 /* A head of keys of an item. */
@@ -723,10 +724,10 @@ static void attend_block(const cpu_attention* attention, decoded_head* head, int
 static void decode_run(const cpu_attention* attention, int64_t item, void* memory) {
     decode_workspace workspace;
     decode_layout(attention, memory, &workspace);
-    const int64_t parts = part_count(attention), runs = runs_of_parts(attention), most = heads_of_item(attention);
-    const int64_t groups = divide_up(attention->num_kv_heads, most), group = item / runs;
+    const int64_t parts = part_count(attention), run = parts_of_item(attention), runs = divide_up(parts, run);
+    const int64_t groups = groups_of_heads(attention), group = item / runs, most = heads_of_item(attention);
     const int64_t first_head = group % groups * most, count = minimum(most, attention->num_kv_heads - first_head);
-    const int64_t first_part = item % runs * parts_of_item(attention), last_part = minimum(parts, first_part + parts_of_item(attention));
+    const int64_t first_part = item % runs * run, last_part = minimum(parts, first_part + run);
     const int64_t rows = group_rows(attention);
     decoded_head heads[MOST_HEADS];
     for (int64_t n = 0; n < count; n++) {
