@@ -219,8 +219,7 @@ typedef struct cpu_quantization_kernel {
     size_t (*_Nonnull workspace_bytes)(const cpu_quantization* _Nonnull quantization);
     /* First pass: the item's extremes after rotation and smoothing. False if a value that takes part is not finite. Writes nothing else. */
     bool (*_Nonnull scan)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
-    /* Second pass, after all scans: the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). Without
- * a
+    /* Second pass, after all scans: the item's scales, zero points, means and codes (the one scale of a tensor: item 0 writes it). Without a
      * scan it finds by itself whether a value is not finite, and returns false; one scale a tensor or a head needs the scan. */
     bool (*_Nonnull write)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);
     void (*_Nonnull dequantize)(const cpu_quantization* _Nonnull quantization, int64_t item, void* _Nonnull workspace);

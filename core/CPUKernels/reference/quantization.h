@@ -25,6 +25,38 @@
 /* Every FP32 operation of this file is one rounding. */
 #pragma clang fp contract(off)
 
+/* ---- Vectors ------------------------------------------------------------------------------------------------------------------------- */
+
+/* Vectors of 16 numbers and of their bits. */
+enum { CHUNK = 16 };
+typedef float chunk_floats __attribute__((ext_vector_type(CHUNK)));
+typedef double chunk_doubles __attribute__((ext_vector_type(CHUNK)));
+typedef int32_t chunk_integers __attribute__((ext_vector_type(CHUNK)));
+typedef uint32_t chunk_words __attribute__((ext_vector_type(CHUNK)));
+typedef int8_t chunk_codes __attribute__((ext_vector_type(CHUNK)));
+
+static inline __attribute__((always_inline)) chunk_floats load_whole_chunk(const float* numbers) {
+    chunk_floats chunk;
+    memcpy(&chunk, numbers, sizeof chunk);
+    return chunk;
+}
+
+static inline __attribute__((always_inline)) void store_whole_chunk(float* numbers, chunk_floats chunk) {
+    memcpy(numbers, &chunk, sizeof chunk);
+}
+
+/* The numbers from channel d on; 0 beyond the last one. */
+static inline __attribute__((always_inline)) chunk_floats load_chunk(const float* row, int64_t d, int64_t channels) {
+    if (channels - d >= CHUNK) {
+        return load_whole_chunk(row + d);
+    }
+    chunk_floats numbers = 0;
+    for (int64_t k = 0; k < channels - d; ++k) {
+        numbers[k] = row[d + k];
+    }
+    return numbers;
+}
+
 /* ---- Workspace ----------------------------------------------------------------------------------------------------------------------- */
 
 /* Arrays of head_dim elements, of one row or as many as it says. */
@@ -114,11 +146,12 @@ typedef struct token_rows {
     int64_t pitch;
 } token_rows;
 
-/* Asks for as many tokens as are in hand, those TOKENS_AT_ONCE behind them. With other heads between them, each lies on a page of its own. */
+/* Asks for as many tokens as are in hand, those TOKENS_AT_ONCE behind them, where there are other heads between them: each may lie on a page
+ * of its own. Neighbours are fetched by the processor. */
 static void prefetch_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const cpu_tensor* input = &item->quantization->input;
     const int64_t size = element_bytes(input->precision);
-    if (input->strides[3] != 1) {
+    if (input->strides[3] != 1 || input->strides[2] == item->channels) {
         return;
     }
     for (int64_t s = first + TOKENS_AT_ONCE; s < first + TOKENS_AT_ONCE + count && s < item->tokens; ++s) {
@@ -131,41 +164,46 @@ static void prefetch_tokens(const quantization_item* item, int64_t first, int64_
 
 /* Puts tokens first ..< first + count, rounded to FP32 and rotated if the scheme asks for it, into `rows`, one behind the other. */
 static void load_rotated_tokens(const quantization_item* item, int64_t first, int64_t count, float* rows) {
-    const cpu_quantization* quantization = item->quantization;
+    const cpu_tensor* input = &item->quantization->input;
     const int64_t channels = item->channels;
     prefetch_tokens(item, first, count);
-    if (!quantization->output.rotated) {
-        load_rows_float(&quantization->input, item->b, item->h, first, count, channels, rows, channels);
+    if (!item->quantization->output.rotated) {
+        load_rows_float(input, item->b, item->h, first, count, channels, rows, channels);
         return;
     }
-    for (int64_t row = 0; row < count; ++row) {
-        float* out = rows + row * channels;
-        const void* source = find_row_float(&quantization->input, item->b, item->h, first + row);
-        if (source == NULL) {
-            load_row_float(&quantization->input, item->b, item->h, first + row, channels, out);
-            source = out;
-        }
-        rotate_row(source, out, channels);
+    const void* source = find_row_float(input, item->b, item->h, first);
+    int64_t pitch = input->strides[2] * (int64_t)sizeof(float);
+    if (source == NULL) {
+        load_rows_float(input, item->b, item->h, first, count, channels, rows, channels);
+        source = rows;
+        pitch = channels * (int64_t)sizeof(float);
+    }
+    rotate_rows(source, pitch, count, rows, channels);
+}
+
+/* Takes the means off a row. */
+static inline void subtract_means(const float* row, const float* means, int64_t channels, float* out) {
+    int64_t d = 0;
+    for (; d + CHUNK <= channels; d += CHUNK) {
+        store_whole_chunk(out + d, load_whole_chunk(row + d) - load_whole_chunk(means + d));
+    }
+    for (; d < channels; ++d) {
+        out[d] = row[d] - means[d];
     }
 }
 
 /* Puts tokens first ..< first + count, rounded to FP32, rotated and smoothed as the scheme asks, into work.rows. */
 static void load_tokens(const quantization_item* item, int64_t first, int64_t count) {
     const int64_t channels = item->channels;
-    const float* means = item->means;
     float* rows = item->work.rows;
     const float* source = rows;
-    if (means != NULL && first + count <= item->work.kept_tokens) {
+    if (item->means != NULL && first + count <= item->work.kept_tokens) {
         source = item->work.kept + first * channels;
     } else {
         load_rotated_tokens(item, first, count, rows);
     }
-    if (means != NULL) {
-        for (int64_t row = 0; row < count; ++row) {
-            for (int64_t d = 0; d < channels; ++d) {
-                rows[row * channels + d] = source[row * channels + d] - means[d];
-            }
-        }
+    for (int64_t row = 0; row < count && item->means != NULL; ++row) {
+        subtract_means(source + row * channels, item->means, channels, rows + row * channels);
     }
 }
 
@@ -183,32 +221,6 @@ static token_rows find_tokens(const quantization_item* item, int64_t first, int6
 
 static void load_row(const quantization_item* item, int64_t s) {
     load_tokens(item, s, 1);
-}
-
-/* Vectors of 16 numbers and of their bits. */
-enum { CHUNK = 16 };
-typedef float chunk_floats __attribute__((ext_vector_type(CHUNK)));
-typedef double chunk_doubles __attribute__((ext_vector_type(CHUNK)));
-typedef int32_t chunk_integers __attribute__((ext_vector_type(CHUNK)));
-typedef uint32_t chunk_words __attribute__((ext_vector_type(CHUNK)));
-typedef int8_t chunk_codes __attribute__((ext_vector_type(CHUNK)));
-
-static inline __attribute__((always_inline)) chunk_floats load_whole_chunk(const float* numbers) {
-    chunk_floats chunk;
-    memcpy(&chunk, numbers, sizeof chunk);
-    return chunk;
-}
-
-/* The numbers from channel d on; 0 beyond the last one. */
-static inline __attribute__((always_inline)) chunk_floats load_chunk(const float* row, int64_t d, int64_t channels) {
-    if (channels - d >= CHUNK) {
-        return load_whole_chunk(row + d);
-    }
-    chunk_floats numbers = 0;
-    for (int64_t k = 0; k < channels - d; ++k) {
-        numbers[k] = row[d + k];
-    }
-    return numbers;
 }
 
 /* Adds some rows, one after the other, to the sums of their channels. */
@@ -327,24 +339,33 @@ static inline float clamp(float value, float lowest, float highest) {
     return value > highest ? highest : value;
 }
 
-static scale_and_zero_point scale_for_range(const cpu_tensor* output, value_range range) {
-    const float lowest = lowest_code(output);
-    const float highest = highest_code(output);
-    scale_and_zero_point result = {1.0f, 0.0f};
+/* Those of TOKENS_AT_ONCE ranges. */
+typedef float token_floats __attribute__((ext_vector_type(TOKENS_AT_ONCE)));
+
+typedef struct token_ranges {
+    token_floats lowest, highest;
+} token_ranges;
+
+typedef struct token_scales {
+    token_floats scale, zero_point;
+} token_scales;
+
+static inline __attribute__((always_inline)) token_scales scales_for_ranges(const cpu_tensor* output, token_ranges ranges) {
+    const token_floats lowest = lowest_code(output), highest = highest_code(output), none = 0.0f, one = 1.0f;
     if (output->zero_points == NULL) {
-        const float scale = fmaxf(-range.lowest, range.highest) / highest;
-        if (scale >= FLT_MIN) {
-            result.scale = scale;
-        }
-    } else {
-        const float steps = highest - lowest;
-        const float scale = range.highest / steps - range.lowest / steps;
-        if (scale >= FLT_MIN) {
-            result.scale = scale;
-            result.zero_point = clamp(lowest - round_to_even(range.lowest / scale), lowest, highest);
-        }
+        const token_floats scale = __builtin_elementwise_max(-ranges.lowest, ranges.highest) / highest;
+        return (token_scales){.scale = scale >= FLT_MIN ? scale : one, .zero_point = none};
     }
-    return result;
+    const token_floats steps = highest - lowest, scale = ranges.highest / steps - ranges.lowest / steps;
+    token_floats zero_point = lowest - ((ranges.lowest / scale + 0x1.8p23f) - 0x1.8p23f); /* see round_to_even() */
+    zero_point = zero_point < lowest ? lowest : zero_point;
+    zero_point = zero_point > highest ? highest : zero_point;
+    return (token_scales){.scale = scale >= FLT_MIN ? scale : one, .zero_point = scale >= FLT_MIN ? zero_point : none};
+}
+
+static scale_and_zero_point scale_for_range(const cpu_tensor* output, value_range range) {
+    const token_scales same = scales_for_ranges(output, (token_ranges){.lowest = range.lowest, .highest = range.highest});
+    return (scale_and_zero_point){same.scale[0], same.zero_point[0]};
 }
 
 static void write_scale(const cpu_tensor* output, int64_t index, scale_and_zero_point value) {
@@ -400,8 +421,14 @@ static void store_codes(const quantization_item* item, int64_t s) {
     /* Both codes of a byte are of this token, so no other item writes to it. */
     uint8_t* out = (uint8_t*)output->data + int4_byte_index(output, offset, 0);
     const int64_t pairs = channels / 2;
-    for (int64_t pair = 0; pair < pairs; ++pair) {
-        out[pair * stride] = int4_pair(codes[2 * pair], codes[2 * pair + 1]);
+    if (stride == 1) {
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            out[pair] = int4_pair(codes[2 * pair], codes[2 * pair + 1]);
+        }
+    } else {
+        for (int64_t pair = 0; pair < pairs; ++pair) {
+            out[pair * stride] = int4_pair(codes[2 * pair], codes[2 * pair + 1]);
+        }
     }
     if (channels & 1) {
         out[pairs * stride] = int4_pair(codes[channels - 1], 0);
@@ -449,7 +476,7 @@ typedef struct chunk_extremes {
 static const chunk_extremes EXTREMES_OF_NONE = {.highest = HIGHEST_OF_NONE, .lowest = LOWEST_OF_NONE};
 
 /* Takes numbers in. */
-static inline chunk_extremes extremes_with(chunk_extremes extremes, const float* numbers, int64_t count) {
+static inline __attribute__((always_inline)) chunk_extremes extremes_with(chunk_extremes extremes, const float* numbers, int64_t count) {
     for (int64_t d = 0; d < count; d += CHUNK) {
         const chunk_floats chunk = load_chunk(numbers, d, count); /* 0 beyond the last one changes no extreme */
         chunk_words bits;
@@ -474,18 +501,73 @@ static inline __attribute__((always_inline)) chunk_integers magnitudes_with(chun
     return __builtin_elementwise_max(bits & INT32_MAX, largest);
 }
 
-/* The smallest range around 0 that holds a row, which is all that a symmetric scale depends on. */
-static inline value_range magnitude_of_row(const float* row, int64_t channels) {
+/* The magnitudes of a row, likewise. */
+static inline __attribute__((always_inline)) chunk_integers magnitudes_of_row(const float* row, int64_t channels) {
     chunk_integers largest = 0;
     int64_t d = 0;
     for (; d + CHUNK <= channels; d += CHUNK) {
         largest = magnitudes_with(largest, load_whole_chunk(row + d));
     }
-    if (d < channels) {
-        largest = magnitudes_with(largest, load_chunk(row, d, channels));
+    return d < channels ? magnitudes_with(largest, load_chunk(row, d, channels)) : largest;
+}
+
+typedef int32_t token_integers __attribute__((ext_vector_type(TOKENS_AT_ONCE)));
+
+/* The largest integer of each chunk: halves of two chunks beside each other, then quarters of four, and so on. */
+static inline __attribute__((always_inline)) token_integers largest_of_chunks(const chunk_integers chunks[TOKENS_AT_ONCE]) {
+    chunk_integers halves[TOKENS_AT_ONCE / 2], quarters[TOKENS_AT_ONCE / 4];
+#pragma clang loop unroll(full)
+    for (int n = 0; n < TOKENS_AT_ONCE / 2; ++n) {
+        const chunk_integers a = chunks[2 * n], b = chunks[2 * n + 1];
+        halves[n] = __builtin_elementwise_max(__builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+                                              __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
     }
-    const float magnitude = float_from_bits((uint32_t)__builtin_reduce_max(largest));
-    return (value_range){-magnitude, magnitude};
+#pragma clang loop unroll(full)
+    for (int n = 0; n < TOKENS_AT_ONCE / 4; ++n) {
+        const chunk_integers a = halves[2 * n], b = halves[2 * n + 1];
+        quarters[n] = __builtin_elementwise_max(__builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27),
+                                                __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31));
+    }
+    const chunk_integers a = quarters[0], b = quarters[1];
+    const chunk_integers pairs =
+        __builtin_elementwise_max(__builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+                                  __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+    return __builtin_elementwise_max(__builtin_shufflevector(pairs, pairs, 0, 4, 8, 12, 2, 6, 10, 14),
+                                     __builtin_shufflevector(pairs, pairs, 1, 5, 9, 13, 3, 7, 11, 15));
+}
+_Static_assert(TOKENS_AT_ONCE == 8 && CHUNK == 16, "what largest_of_chunks() takes");
+
+static inline token_floats token_floats_of_bits(token_integers bits) {
+    token_floats numbers;
+    memcpy(&numbers, &bits, sizeof numbers);
+    return numbers;
+}
+
+/* The ranges of `count` tokens, and of none behind them. With `symmetric`, the smallest around 0 that holds a row, which is all that such a
+ * scale depends on. */
+static inline __attribute__((always_inline)) token_ranges ranges_of_tokens(token_rows rows, int64_t count, int64_t channels,
+                                                                           const bool symmetric) {
+    chunk_integers highest[TOKENS_AT_ONCE], lowest[TOKENS_AT_ONCE];
+    for (int64_t row = 0; row < TOKENS_AT_ONCE; ++row) {
+        const float* numbers = rows.first + row * rows.pitch;
+        if (symmetric) {
+            highest[row] = row < count ? magnitudes_of_row(numbers, channels) : 0;
+        } else {
+            const chunk_extremes extremes = row < count ? extremes_with(EXTREMES_OF_NONE, numbers, channels) : EXTREMES_OF_NONE;
+            highest[row] = (chunk_integers)extremes.highest;
+            lowest[row] = (chunk_integers)(extremes.lowest ^ LOWEST_OF_NONE); /* as signed integers they order likewise */
+        }
+    }
+    const token_floats top = token_floats_of_bits(largest_of_chunks(highest));
+    if (symmetric) {
+        return (token_ranges){.lowest = -top, .highest = top};
+    }
+    return (token_ranges){.lowest = token_floats_of_bits(largest_of_chunks(lowest) ^ INT32_MIN), .highest = top};
+}
+
+static inline bool are_finite(token_floats numbers) {
+    const token_integers failed = numbers - numbers != 0;
+    return __builtin_reduce_or(failed) == 0;
 }
 
 /* How the codes of a row that shares a scale are found. */
@@ -513,18 +595,8 @@ static inline __attribute__((always_inline)) chunk_codes encode_chunk(chunk_floa
 }
 
 /* Quantises a row that shares a scale. False if a quotient is too near the middle between two integers, and codes are not to be used. */
-static inline __attribute__((always_inline)) bool encode_token_by(const quantization_item* item, const float* row,
-                                                                  scale_and_zero_point value, int8_t* codes, const bool symmetric,
-                                                                  const bool divide) {
-    const int64_t channels = item->channels; /* bytes may alias the item */
-    row_code code = {
-        .scale = value.scale,
-        .inverse = 1.0f / value.scale,
-        .zero_point = value.zero_point,
-        .lowest = lowest_code(&item->quantization->output),
-        .highest = highest_code(&item->quantization->output),
-        .farthest = 0,
-    };
+static inline __attribute__((always_inline)) bool encode_token_by(const float* row, int64_t channels, row_code code, int8_t* codes,
+                                                                  const bool symmetric, const bool divide) {
     int64_t d = 0;
     for (; d + CHUNK <= channels; d += CHUNK) {
         const chunk_codes chunk = encode_chunk(load_whole_chunk(row + d), &code, symmetric, divide);
@@ -536,7 +608,8 @@ static inline __attribute__((always_inline)) bool encode_token_by(const quantiza
             codes[d + k] = chunk[k];
         }
     }
-    return float_from_bits((uint32_t)__builtin_reduce_max(code.farthest)) < 0.4999f;
+    const chunk_integers near_middle = code.farthest > (int32_t)bits_from_float(0.4999f);
+    return __builtin_reduce_or(near_middle) == 0;
 }
 
 /* Sixteen divisions take ten cycles on Intel's processors with AVX-512, twice what the inverse and its test take. Eight take five on others,
@@ -547,53 +620,51 @@ enum { TRY_INVERSE = 1 };
 enum { TRY_INVERSE = 0 };
 #endif
 
-static inline __attribute__((always_inline)) void encode_token_as(const quantization_item* item, const float* row,
-                                                                  scale_and_zero_point value, int8_t* codes, const bool symmetric) {
-    if (TRY_INVERSE && encode_token_by(item, row, value, codes, symmetric, false)) {
-        return;
-    }
-    encode_token_by(item, row, value, codes, symmetric, true);
-}
-
-static void encode_token(const quantization_item* item, const float* row, scale_and_zero_point value, int8_t* codes) {
-    if (item->quantization->output.zero_points == NULL) {
-        encode_token_as(item, row, value, codes, true);
-    } else {
-        encode_token_as(item, row, value, codes, false);
-    }
-}
-
 /* Writes tokens first ..< first + count, TOKENS_AT_ONCE at most, and the scale of each, the first of them at `index`. False, with nothing
  * written, if a value is not finite. */
-static bool write_tokens(const quantization_item* item, int64_t first, int64_t count, int64_t index) {
+static inline __attribute__((always_inline)) bool write_tokens_as(const quantization_item* item, int64_t first, int64_t count,
+                                                                  int64_t index, const bool symmetric) {
     const cpu_tensor* output = &item->quantization->output;
-    const int64_t channels = item->channels;
-    value_range ranges[TOKENS_AT_ONCE];
-    scale_and_zero_point values[TOKENS_AT_ONCE];
+    const int64_t channels = item->channels; /* bytes may alias the item */
     const token_rows rows = find_tokens(item, first, count);
-    bool finite = true;
-    for (int64_t row = 0; row < count; ++row) {
-        const float* numbers = rows.first + row * rows.pitch;
-        ranges[row] = output->zero_points == NULL ? magnitude_of_row(numbers, channels)
-                                                  : range_of_extremes(extremes_with(EXTREMES_OF_NONE, numbers, channels));
-        finite &= isfinite(ranges[row].lowest) && isfinite(ranges[row].highest);
-    }
-    if (!finite) {
+    const token_ranges ranges = ranges_of_tokens(rows, count, channels, symmetric);
+    if (!are_finite(ranges.lowest) || !are_finite(ranges.highest)) {
         return false;
     }
+    const token_scales values = scales_for_ranges(output, ranges);
+    const token_floats inverses = 1.0f / values.scale;
     for (int64_t row = 0; row < count; ++row) {
-        values[row] = scale_for_range(output, ranges[row]);
-        write_scale(output, index + row * output->scale_strides[2], values[row]);
+        write_scale(output, index + row * output->scale_strides[2], (scale_and_zero_point){values.scale[row], values.zero_point[row]});
     }
     const bool in_place = output->precision == CPU_INT8 && output->strides[3] == 1;
+    int8_t* codes = in_place ? (int8_t*)output->data + row_offset(output, item->b, item->h, first) : item->work.codes;
+    const int64_t pitch = in_place ? output->strides[2] : 0;
+    const float lowest = lowest_code(output), highest = highest_code(output);
     for (int64_t row = 0; row < count; ++row) {
-        int8_t* codes = in_place ? (int8_t*)output->data + row_offset(output, item->b, item->h, first + row) : item->work.codes;
-        encode_token(item, rows.first + row * rows.pitch, values[row], codes);
+        const float* numbers = rows.first + row * rows.pitch;
+        const row_code code = {
+            .scale = values.scale[row],
+            .inverse = inverses[row],
+            .zero_point = values.zero_point[row],
+            .lowest = lowest,
+            .highest = highest,
+            .farthest = 0,
+        };
+        if (!TRY_INVERSE || !encode_token_by(numbers, channels, code, codes + row * pitch, symmetric, false)) {
+            encode_token_by(numbers, channels, code, codes + row * pitch, symmetric, true);
+        }
         if (!in_place) {
             store_codes(item, first + row);
         }
     }
     return true;
+}
+
+static bool write_tokens(const quantization_item* item, int64_t first, int64_t count, int64_t index) {
+    if (item->quantization->output.zero_points == NULL) {
+        return write_tokens_as(item, first, count, index, true);
+    }
+    return write_tokens_as(item, first, count, index, false);
 }
 
 /* ---- Passes -------------------------------------------------------------------------------------------------------------------------- */
@@ -606,8 +677,10 @@ static bool quantize_scan(const cpu_quantization* quantization, int64_t index, v
     chunk_extremes extremes = EXTREMES_OF_NONE;
     for (int64_t s = 0; s < item.tokens; s += TOKENS_AT_ONCE) {
         const int64_t count = tokens_together(&item, s);
-        load_tokens(&item, s, count);
-        extremes = extremes_with(extremes, item.work.rows, count * item.channels);
+        const token_rows rows = find_tokens(&item, s, count);
+        for (int64_t row = 0; row < count; ++row) {
+            extremes = extremes_with(extremes, rows.first + row * rows.pitch, item.channels);
+        }
     }
     const value_range range = range_of_extremes(extremes);
     quantization->extremes[2 * index] = range.lowest;

@@ -199,7 +199,12 @@ static inline const int8_t* load_codes(const cpu_tensor* tensor, int64_t b, int6
 /* Sixteen numbers, in as many registers as the instruction set needs. */
 typedef float rotation_vector __attribute__((ext_vector_type(16)));
 
+/* Vectors that are rotated in registers: as many as there is room for. */
+#if defined(KERNEL_AVX512)
+enum { ROTATION_LANES = 16, ROTATION_VECTORS = 8 };
+#else
 enum { ROTATION_LANES = 16, ROTATION_VECTORS = 4 };
+#endif
 
 /* One stage on numbers some lanes apart: those of each pair become their sum and their difference. Products by 1 and -1 are exact, so that
  * both are rounded once, also where one instruction multiplies and adds. */
@@ -264,44 +269,51 @@ static inline void rotate_stage(float* numbers, int64_t n, int64_t distance, flo
 
 /* The FP32 number nearest 1/sqrt(n), for a power of two. */
 static inline float rotation_factor(int64_t n) {
-    float factor = 1.0f;
-    for (; n >= 4; n /= 4) {
-        factor *= 0.5f;
-    }
-    return factor * (n == 2 ? 0x1.6a09e6p-1f : 1.0f); /* 1/sqrt(2); powers of two keep it the nearest */
+    const uint32_t exponent = (uint32_t)__builtin_ctzll((uint64_t)n);
+    const uint32_t root_of_two = exponent % 2 != 0 ? 0x3504f3 : 0; /* the fraction of the number nearest sqrt(2) */
+    return float_from_bits(((127 - (exponent + 1) / 2) << 23) + root_of_two);
 }
 
 /* The Walsh-Hadamard transform of each block of n numbers, n being the largest power of two that divides `channels`: natural order, stages of
- * distance 1, 2, 4 ... n/2, then one product by the factor that makes it its own inverse. From `source`, floats at any address, to `target`,
- * which may be the same. */
-static inline void rotate_row(const void* source, float* target, int64_t channels) {
-    const int64_t n = channels & -channels;
+ * distance 1, 2, 4 ... n/2, then one product by the factor that makes it its own inverse. Of `rows` rows, from `source`, floats at any address
+ * and `pitch` bytes apart, to `target`, where they follow one another. Both may be the same. */
+static inline void rotate_rows(const void* source, int64_t pitch, int64_t rows, float* target, int64_t channels) {
+    const int64_t n = channels & -channels, most = ROTATION_VECTORS * ROTATION_LANES;
     const float factor = rotation_factor(n);
-    int64_t distance = 1;
-    if (n < ROTATION_LANES) {
-        memmove(target, source, (size_t)channels * sizeof(float));
-    } else if (n == ROTATION_LANES) {
-        for (int64_t start = 0; start < channels; start += n) {
-            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, 1, factor);
-        }
-        return;
-    } else if (n == 2 * ROTATION_LANES) {
-        for (int64_t start = 0; start < channels; start += n) {
-            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, 2, factor);
-        }
-        return;
-    } else {
-        distance = ROTATION_VECTORS * ROTATION_LANES;
-        for (int64_t start = 0; start < channels; start += distance) {
-            rotate_block((const char*)source + start * (int64_t)sizeof(float), target + start, ROTATION_VECTORS,
-                         n == distance ? factor : 1.0f);
-        }
+#define ROTATE_BLOCKS(vectors, factor)                                                        \
+    for (int64_t row = 0; row < rows; ++row) {                                                \
+        const char* from = (const char*)source + row * pitch;                                 \
+        float* to = target + row * channels;                                                  \
+        for (int64_t start = 0; start < channels; start += (vectors) * ROTATION_LANES) {      \
+            rotate_block(from + start * (int64_t)sizeof(float), to + start, vectors, factor); \
+        }                                                                                     \
     }
+    int64_t distance = most;
+    if (n < ROTATION_LANES) {
+        distance = 1;
+        for (int64_t row = 0; row < rows; ++row) {
+            memmove(target + row * channels, (const char*)source + row * pitch, (size_t)channels * sizeof(float));
+        }
+    } else if (n == ROTATION_LANES) {
+        ROTATE_BLOCKS(1, factor)
+    } else if (n == 2 * ROTATION_LANES) {
+        ROTATE_BLOCKS(2, factor)
+    } else if (n == 4 * ROTATION_LANES) {
+        ROTATE_BLOCKS(4, factor)
+    } else {
+        ROTATE_BLOCKS(ROTATION_VECTORS, n == most ? factor : 1.0f)
+    }
+#undef ROTATE_BLOCKS
     for (; distance < n; distance *= 2) {
-        for (int64_t start = 0; start < channels; start += n) {
+        for (int64_t start = 0; start < rows * channels; start += n) {
             rotate_stage(target + start, n, distance, 2 * distance == n ? factor : 1.0f);
         }
     }
+}
+
+/* One row of that. */
+static inline void rotate_row(const void* source, float* target, int64_t channels) {
+    rotate_rows(source, 0, 1, target, channels);
 }
 
 /* out = scale * float(code - zero_point): the difference is exact, its conversion and the product are one rounding each. */
