@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 
 import numpy as np
@@ -75,9 +76,9 @@ def test_attention__anything_on_each_instruction_set__equals_the_reference(kerne
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 @pytest.mark.parametrize("dtype", CODES)
 def test_quantize__each_instruction_set__gives_the_bits_of_the_reference(dtype, granularity, symmetric, rotate, context, rng):
-    for channels in (1, 7, 48, 64, 200, 1024):
+    for channels, smooth in itertools.product((1, 7, 32, 48, 64, 128, 200, 1024), (False, True)):
         values = rng.normal(size=(1, 2, 9, channels)).astype(np.float32)
-        words = {"symmetric": symmetric, "smooth": True}
+        words = {"symmetric": symmetric, "smooth": smooth}
         got = umfa.quantize(values, dtype, granularity, **words, rotate=rotate, context=context)
         expected = reference.quantize(values, dtype, granularity, **words, rotated=rotate)
         assert reference.codes_of(got, channels).tobytes() == expected.codes.tobytes()

@@ -75,9 +75,21 @@ def test_quantize__head_sizes__give_the_bits_of_the_reference(dtype, granularity
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("dtype", CODES)
 def test_quantize__types_and_strides__give_the_bits_of_the_reference(dtype, kind, style, layout, rng):
-    values = place(to_layout(rng.normal(size=(2, 3, 11, 13)), layout).astype(DTYPES[kind]), style, rng)
-    for granularity in MOST_USED:
-        check(values, dtype, granularity, layout=layout, symmetric=False, smooth=True, rotate=True)
+    for channels, prepared in ((13, True), (13, False), (32, True), (32, False)):
+        values = place(to_layout(rng.normal(size=(2, 3, 11, channels)), layout).astype(DTYPES[kind]), style, rng)
+        for granularity, symmetric in itertools.product(MOST_USED, (True, False)):
+            check(values, dtype, granularity, layout=layout, symmetric=symmetric, smooth=prepared, rotate=prepared)
+
+
+@pytest.mark.parametrize("dtype", CODES)
+def test_quantize__quotients_near_the_middle_between_integers__give_the_bits_of_the_reference(dtype, rng):
+    highest = {"int8": 127, "int4": 7}[dtype]
+    largest = rng.uniform(0.5, 2, size=(1, 4, 64, 1)).astype(np.float32)
+    middles = (rng.integers(-highest, highest, size=(1, 4, 64, 32)) + 0.5).astype(np.float32)
+    values = middles * (largest / np.float32(highest))
+    values = np.nextafter(values, values + rng.choice([-1, 0, 1], size=values.shape).astype(np.float32))
+    values[..., :1] = largest
+    check(values, dtype, "token", symmetric=True)
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5)])

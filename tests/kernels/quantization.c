@@ -5,9 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-const uint64_t EXPECTED_DIGEST = 0x55FCD6181997E539;
+const uint64_t EXPECTED_DIGEST = 0xFDB7FFBE43C8A9E2;
 
-enum { TENSORS = 80, MOST_HEADS = 6, MOST_TOKENS = 70, MOST_CHANNELS = 140, MOST = MOST_HEADS * MOST_TOKENS * MOST_CHANNELS };
+enum {
+    TENSORS = 160,
+    MOST_BATCH = 2,
+    MOST_HEADS = 6, /* of all sequences */
+    MOST_TOKENS = 70,
+    MOST_CHANNELS = 140,
+    MOST_PADDING = 20,  /* of a row */
+    MOST_MISPLACED = 3, /* bytes */
+    MOST = MOST_HEADS * MOST_TOKENS * (MOST_CHANNELS + MOST_PADDING),
+};
 
 /* FNV-1a (Fowler, Noll and Vo), by bytes. */
 static uint64_t extend_digest(uint64_t digest, const void* memory, size_t bytes) {
@@ -19,6 +28,28 @@ static uint64_t extend_digest(uint64_t digest, const void* memory, size_t bytes)
 static void lay_out(cpu_tensor* tensor, int64_t heads, int64_t tokens, int64_t row) {
     tensor->strides[3] = 1, tensor->strides[2] = row, tensor->strides[1] = tokens * row, tensor->strides[0] = heads * tokens * row;
     tensor->scale_tokens = tensor->scale_channels = 1;
+}
+
+/* Numbers of one of the float types, in rows that may be padded, lie beside those of other heads, backwards, and at any address. */
+static void draw_input(generator* random, cpu_quantization* sizes, char* memory) {
+    cpu_tensor* tensor = &sizes->input;
+    tensor->precision = (cpu_precision)DRAW_FROM(random, CPU_FP32, CPU_FP32, CPU_FP32, CPU_FP16, CPU_BF16);
+    const int64_t size = tensor->precision == CPU_FP32 ? 4 : 2, heads = sizes->num_heads, tokens = sizes->seq_len;
+    const int64_t row = sizes->head_dim + (chance(random, 30) ? draw(random, 1, MOST_PADDING) : 0);
+    const int64_t count = sizes->batch_size * heads * tokens * row;
+    lay_out(tensor, heads, tokens, row);
+    if (chance(random, 30)) tensor->strides[2] = heads * row, tensor->strides[1] = row;
+    char* first = memory + (chance(random, 20) ? draw(random, 1, MOST_MISPLACED) : 0);
+    for (int64_t at = 0; at < count; at++) {
+        const float number = draw_normal(random) * (chance(random, 2) ? 20 : 1);
+        uint32_t bits;
+        memcpy(&bits, &number, sizeof bits);
+        uint16_t half = (uint16_t)(bits >> 16);
+        if (tensor->precision == CPU_FP16) half = (uint16_t)(draw(random, 0, 1) << 15 | draw(random, 0, 18) << 10 | draw(random, 0, 1023));
+        memcpy(first + at * size, size == 4 ? (const void*)&bits : &half, (size_t)size);
+    }
+    tensor->data = first;
+    if (chance(random, 20)) tensor->data = first + (tokens - 1) * tensor->strides[2] * size, tensor->strides[2] *= -1;
 }
 
 /* Strides of one of the granularities; how many scales there are. */
@@ -47,7 +78,8 @@ static int64_t draw_scales(generator* random, cpu_tensor* tensor, const cpu_quan
 }
 
 uint64_t digest_of_quantization(const cpu_quantization_kernel* kernel) {
-    float *input = malloc(MOST * sizeof(float)), *real = malloc(MOST * sizeof(float)), *scales = malloc(MOST * sizeof(float));
+    char* input = malloc(MOST * sizeof(float) + MOST_MISPLACED);
+    float *real = malloc(MOST * sizeof(float)), *scales = malloc(MOST * sizeof(float));
     int32_t* zero_points = malloc(MOST * sizeof(int32_t));
     int8_t* codes = malloc(2 * MOST);
     float means[MOST_HEADS * MOST_CHANNELS], extremes[2 * MOST_HEADS];
@@ -55,12 +87,14 @@ uint64_t digest_of_quantization(const cpu_quantization_kernel* kernel) {
     uint64_t digest = 0xCBF29CE484222325u;
     for (int n = 0; n < TENSORS; n++) {
         generator random = {.state = (uint64_t)n};
-        cpu_quantization work = {.batch_size = draw(&random, 1, 2), .num_heads = draw(&random, 1, 3)};
-        work.seq_len = draw(&random, 1, MOST_TOKENS), work.head_dim = chance(&random, 50) ? 64 : draw(&random, 1, MOST_CHANNELS);
+        cpu_quantization work = {.batch_size = draw(&random, 1, MOST_BATCH), .num_heads = draw(&random, 1, MOST_HEADS / MOST_BATCH)};
+        work.seq_len = draw(&random, 1, MOST_TOKENS);
+        work.head_dim = chance(&random, 60) ? DRAW_FROM(&random, 16, 32, 64, 128) : draw(&random, 1, MOST_CHANNELS);
         const int64_t heads = work.num_heads, tokens = work.seq_len, channels = work.head_dim, items = work.batch_size * heads;
-        for (int64_t at = 0; at < items * tokens * channels; at++) input[at] = draw_normal(&random) * (chance(&random, 2) ? 20 : 1);
-        work.input.data = input, work.input.precision = CPU_FP32;
-        lay_out(&work.input, heads, tokens, channels);
+        draw_input(&random, &work, input);
+        int64_t lengths[MOST_BATCH];
+        for (int64_t b = 0; b < work.batch_size; b++) lengths[b] = draw(&random, 0, tokens);
+        if (chance(&random, 30)) work.lengths = lengths;
         work.output.data = codes, work.output.precision = chance(&random, 50) ? CPU_INT8 : CPU_INT4;
         const bool nibbles = work.output.precision == CPU_INT4;
         lay_out(&work.output, heads, tokens, nibbles ? (channels + 1) / 2 * 2 : channels);
@@ -69,6 +103,8 @@ uint64_t digest_of_quantization(const cpu_quantization_kernel* kernel) {
         work.output.rotated = chance(&random, 40), work.output.channel_means = chance(&random, 40) ? means : NULL;
         work.output.mean_strides[0] = heads * channels, work.output.mean_strides[1] = channels;
         work.extremes = extremes;
+        memset(codes, 0, 2 * MOST); /* what lies past the lengths is not written */
+        memset(real, 0, MOST * sizeof(float));
 
         void* workspace = aligned_alloc(64, (kernel->workspace_bytes(&work) + 127) / 64 * 64);
         if (workspace == NULL) abort();
@@ -81,7 +117,8 @@ uint64_t digest_of_quantization(const cpu_quantization_kernel* kernel) {
         free(workspace);
 
         cpu_quantization back = work;
-        back.input = work.output, back.output = work.input, back.output.data = real;
+        back.input = work.output, back.output = (cpu_tensor){.data = real, .precision = CPU_FP32};
+        lay_out(&back.output, heads, tokens, channels);
         workspace = aligned_alloc(64, (kernel->workspace_bytes(&back) + 127) / 64 * 64);
         if (workspace == NULL) abort();
         for (int64_t item = 0; item < items; item++) kernel->dequantize(&back, item, workspace);

@@ -1,7 +1,7 @@
 /* Quantising and dequantising: docs/numerics.md defines the results bit by bit, so they are the same for every instruction set.
  *
  * A template, like attention.h: the quantization_reference*.c files beside it instantiate it with KERNEL_SUFFIX, KERNEL_TARGET and, where the
- * instruction set has that, KERNEL_AVX512.
+ * instruction set has those, KERNEL_AVX512 and KERNEL_HALF.
  *
  * One item is one head of one sequence. Whatever the granularity, its tokens and channels fall into rectangles that share a scale; those of
  * the same tokens make a band. Rows are read anew in each pass over a band, so the memory a thread needs grows with the head size alone; only
@@ -328,18 +328,16 @@ static float highest_code(const cpu_tensor* output) {
     return output->precision == CPU_INT8 ? 127.0f : 7.0f;
 }
 
-/* Rounds to the nearest integer, ties to even, where |value| < 2^22: after the sum the last place is 1. Unlike rintf() it vectorises on any
- * processor. */
-static inline float round_to_even(float value) {
-    return (value + 0x1.8p23f) - 0x1.8p23f;
-}
+/* Rounds numbers, or vectors of them, to the nearest integer, ties to even, where |value| < 2^22: after the sum the last place is 1. Unlike
+ * rintf() it vectorises on any processor. */
+#define ROUND_TO_EVEN(value) (((value) + 0x1.8p23f) - 0x1.8p23f)
 
 static inline float clamp(float value, float lowest, float highest) {
     value = value < lowest ? lowest : value;
     return value > highest ? highest : value;
 }
 
-/* Those of TOKENS_AT_ONCE ranges. */
+/* One number for each of TOKENS_AT_ONCE tokens. */
 typedef float token_floats __attribute__((ext_vector_type(TOKENS_AT_ONCE)));
 
 typedef struct token_ranges {
@@ -350,6 +348,7 @@ typedef struct token_scales {
     token_floats scale, zero_point;
 } token_scales;
 
+/* The scales and zero points that ranges give. */
 static inline __attribute__((always_inline)) token_scales scales_for_ranges(const cpu_tensor* output, token_ranges ranges) {
     const token_floats lowest = lowest_code(output), highest = highest_code(output), none = 0.0f, one = 1.0f;
     if (output->zero_points == NULL) {
@@ -357,7 +356,7 @@ static inline __attribute__((always_inline)) token_scales scales_for_ranges(cons
         return (token_scales){.scale = scale >= FLT_MIN ? scale : one, .zero_point = none};
     }
     const token_floats steps = highest - lowest, scale = ranges.highest / steps - ranges.lowest / steps;
-    token_floats zero_point = lowest - ((ranges.lowest / scale + 0x1.8p23f) - 0x1.8p23f); /* see round_to_even() */
+    token_floats zero_point = lowest - ROUND_TO_EVEN(ranges.lowest / scale);
     zero_point = zero_point < lowest ? lowest : zero_point;
     zero_point = zero_point > highest ? highest : zero_point;
     return (token_scales){.scale = scale >= FLT_MIN ? scale : one, .zero_point = scale >= FLT_MIN ? zero_point : none};
@@ -395,7 +394,7 @@ static void encode_row(const quantization_item* item) {
     const float* zero_points = item->work.zero_points;
     int8_t* codes = item->work.codes;
     for (int64_t d = 0; d < channels; ++d) {
-        const float code = round_to_even(row[d] / scales[d]) + zero_points[d];
+        const float code = ROUND_TO_EVEN(row[d] / scales[d]) + zero_points[d];
         codes[d] = (int8_t)(int32_t)clamp(code, lowest, highest);
     }
 }
@@ -549,7 +548,7 @@ static inline __attribute__((always_inline)) token_ranges ranges_of_tokens(token
                                                                            const bool symmetric) {
     chunk_integers highest[TOKENS_AT_ONCE], lowest[TOKENS_AT_ONCE];
     for (int64_t row = 0; row < TOKENS_AT_ONCE; ++row) {
-        const float* numbers = rows.first + row * rows.pitch;
+        const float* numbers = rows.first + (row < count ? row : 0) * rows.pitch;
         if (symmetric) {
             highest[row] = row < count ? magnitudes_of_row(numbers, channels) : 0;
         } else {
@@ -582,7 +581,7 @@ typedef struct row_code {
 static inline __attribute__((always_inline)) chunk_codes encode_chunk(chunk_floats numbers, row_code* code, const bool symmetric,
                                                                       const bool divide) {
     const chunk_floats quotients = divide ? numbers / code->scale : numbers * code->inverse;
-    chunk_floats rounded = (quotients + 0x1.8p23f) - 0x1.8p23f; /* see round_to_even() */
+    chunk_floats rounded = ROUND_TO_EVEN(quotients);
     if (!divide) {
         code->farthest = magnitudes_with(code->farthest, quotients - rounded);
     }

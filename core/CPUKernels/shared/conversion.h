@@ -276,7 +276,8 @@ static inline float rotation_factor(int64_t n) {
 
 /* The Walsh-Hadamard transform of each block of n numbers, n being the largest power of two that divides `channels`: natural order, stages of
  * distance 1, 2, 4 ... n/2, then one product by the factor that makes it its own inverse. Of `rows` rows, from `source`, floats at any address
- * and `pitch` bytes apart, to `target`, where they follow one another. Both may be the same. */
+ * and `pitch` bytes apart, to `target`, where they follow one another. Both may be the same
+ * memory if rows of the source do too. */
 static inline void rotate_rows(const void* source, int64_t pitch, int64_t rows, float* target, int64_t channels) {
     const int64_t n = channels & -channels, most = ROTATION_VECTORS * ROTATION_LANES;
     const float factor = rotation_factor(n);
