@@ -5,6 +5,7 @@ Its gradients beside finite differences, PyTorch's own and those of `attention_b
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import threading
@@ -387,6 +388,40 @@ def test_second_derivatives__are_refused(loss):
     assert torch.equal(gradient, torch.autograd.grad(loss(umfa.attention(q, k, v)), q)[0])
     with pytest.raises(umfa.UnsupportedError, match=r"umfa.attention: expected to be differentiated once"):
         (gradient.square().sum() + q.square().sum()).backward()
+
+
+ATTEMPTS = {
+    "backward": lambda loss, x: loss.backward(),
+    "backward of inputs": lambda loss, x: loss.backward(inputs=[x]),
+    "grad": lambda loss, x: torch.autograd.grad(loss, x),
+    "grad that may be unused": lambda loss, x: torch.autograd.grad(loss, x, allow_unused=True),
+}
+
+
+@pytest.mark.parametrize("besides", [True, False], ids=["beside another term", "alone"])
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_second_derivatives__by_inputs_that_are_named__are_refused(attempt, besides):
+    inputs = operands()
+    gradients = torch.autograd.grad(umfa.attention(*inputs).square().sum(), inputs, create_graph=True)
+    for gradient, x in itertools.product(gradients, inputs):
+        loss = gradient.square().sum() + (x.sum() if besides else 0)
+        with pytest.raises(umfa.UnsupportedError, match=r"umfa.attention: expected to be differentiated once"):
+            ATTEMPTS[attempt](loss, x)
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_second_derivatives_of_merging__by_inputs_that_are_named__are_refused(attempt):
+    q, k, v = (x.detach() for x in operands())
+    parts = [
+        x.requires_grad_()
+        for half in (slice(0, 3), slice(3, None))
+        for x in umfa.attention(q, k[:, :, half], v[:, :, half], return_lse=True)
+    ]
+    output, lse = umfa.merge(*parts)
+    gradients = torch.autograd.grad(output.square().sum() + lse.sum(), parts, create_graph=True)
+    for gradient, x in itertools.product(gradients, parts):
+        with pytest.raises(umfa.UnsupportedError, match=r"umfa.merge: expected to be differentiated once"):
+            ATTEMPTS[attempt](gradient.square().sum(), x)
 
 
 def test_backward_twice__needs_retain_graph_and_gives_the_same_bits():

@@ -28,12 +28,16 @@ _DIFFERENTIABLE = ("query", "key", "value", "mask", "alibi_slopes", "sinks")
 
 
 class _FirstOrder(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is an extra, and Any to the type checker
-    """The identity on gradients that cannot be differentiated again: an attempt is an error, not a part of a loss that is missing."""
+    """The identity on gradients that cannot be differentiated again: an attempt is an error, not a part of a loss that is missing.
+
+    It takes what the gradients were computed from too, lest PyTorch, asked for derivatives by some of that alone, leaves this out as having
+    nothing to do with them.
+    """
 
     @staticmethod
-    def forward(ctx: Any, function: str, *gradients: Any) -> tuple[Any, ...]:
+    def forward(ctx: Any, function: str, gradients: int, *tensors: Any) -> tuple[Any, ...]:
         ctx.function = function
-        return gradients
+        return tensors[:gradients]
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> None:
@@ -54,7 +58,7 @@ def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, 
         if not torch.is_grad_enabled():
             return gradients
         gradients = tuple(gradient if gradient is None else gradient.requires_grad_() for gradient in gradients)
-        results: tuple[Any, ...] = _FirstOrder.apply(ctx.function, *gradients)
+        results: tuple[Any, ...] = _FirstOrder.apply(ctx.function, len(gradients), *gradients, *ctx.saved_tensors, *grad_outputs)
         return results
 
     return computed_once
