@@ -60,8 +60,38 @@ def test_made_of_parts__shares_them_and_is_equal():
     assert np.array_equal(again.dequantize(), made.dequantize())
     strided = np.zeros((2, 3, 10, 11), np.uint8)[..., ::2][..., :5]
     strided[:] = made.data
-    other = umfa.QuantizedTensor(strided[:, ::-1], made.scales[:, ::-1], made.zero_points[:, ::-1], shape=made.shape)
+    scales, zero_points = made.scales[:, ::-1].copy(), made.zero_points[:, ::-1].copy()
+    other = umfa.QuantizedTensor(strided[:, ::-1], scales, zero_points, shape=made.shape)
     assert np.array_equal(other.dequantize(), made.dequantize()[:, ::-1])
+    scales *= 2
+    assert np.array_equal(other.dequantize(), 2 * made.dequantize()[:, ::-1])
+
+
+@pytest.mark.parametrize("which", ["scales", "zero_points", "channel_means"])
+def test_made_of_parts__that_are_not_contiguous__is_refused(which):
+    shape = (2, 3, 16, 5)
+    parts = {
+        "scales": np.ones(shape[:3], np.float32),
+        "zero_points": np.zeros(shape[:3], np.int32),
+        "channel_means": np.zeros((2, 3, 5), np.float32),
+    }
+    umfa.QuantizedTensor(np.zeros(shape, np.int8), **parts)
+    parts[which] = np.repeat(parts[which], 2, axis=2)[:, :, ::2]
+    with pytest.raises(umfa.InvalidArgumentError, match=rf"QuantizedTensor: {which}: expected a contiguous array.*kv_lengths"):
+        umfa.QuantizedTensor(np.zeros(shape, np.int8), **parts)
+
+
+def test_cache_that_grows__is_read_as_it_is_at_each_call():
+    q, keys, values = np.random.default_rng(5).standard_normal((3, 1, 2, 12, 16), dtype=np.float32)
+    codes, scales = np.zeros((2, 1, 2, 12, 16), np.int8), np.ones((2, 1, 2, 12), np.float32)
+    cache = [umfa.QuantizedTensor(*parts) for parts in zip(codes, scales)]
+    for t in range(12):
+        for n, new in enumerate((keys, values)):
+            token = umfa.quantize(new[:, :, t : t + 1])
+            codes[n, :, :, t : t + 1], scales[n, :, :, t : t + 1] = token.data, token.scales
+        output = umfa.attention(q[:, :, t : t + 1], *cache, kv_lengths=[t + 1], causal="lower_right")
+        whole = [umfa.quantize(x[:, :, : t + 1]) for x in (keys, values)]
+        assert np.array_equal(output, umfa.attention(q[:, :, t : t + 1], *whole))
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda tensor: pickle.loads(pickle.dumps(tensor))])

@@ -311,6 +311,9 @@ def test_parts_of_a_tensor__are_the_memory_that_attention_reads():
     assert keys.data.shape == (2, 3, 10, 5)
     again = umfa_rs.QuantizedTensor(keys.data, keys.scales, keys.zero_points, shape=X.shape)
     assert np.shares_memory(again.data, keys.data)
+    assert np.shares_memory(again.scales, keys.scales)
+    with pytest.raises(umfa_rs.InvalidArgumentError, match=r"QuantizedTensor: scales: expected a contiguous array.*kv_lengths"):
+        umfa_rs.QuantizedTensor(keys.data, np.repeat(keys.scales, 2, axis=2)[:, :, ::2], shape=X.shape)
 
 
 def test_calls__do_not_leak():

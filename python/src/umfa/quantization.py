@@ -186,7 +186,8 @@ class QuantizedTensor:
     """A tensor as INT8 or INT4 codes with scales; made by `quantize`, accepted by `attention` in place of an array.
 
     Each code stands for the real number ``scale * (code - zero_point)``, plus the channel's mean if the tensor was smoothed, with the
-    rotation undone if it was rotated. Made directly, from parts that were stored, it shares their memory and checks their shapes.
+    rotation undone if it was rotated. Made directly, from parts that were stored, it shares their memory, so it follows what is written there,
+    and checks their shapes.
 
     Parameters
     ----------
@@ -439,7 +440,9 @@ def _rebuild(framework: str, parts: tuple[Any, ...], options: tuple[Any, ...]) -
 
 
 def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Scales, zero points or means as a contiguous NumPy array; on the given memory if that is contiguous."""
+    """Scales, zero points or means as a NumPy array on the given memory, which has to be contiguous: a copy would not follow what is written to
+    it later, as the codes do.
+    """
     if attribute(array, "requires_grad") is True:
         array = array.detach()
     try:
@@ -450,8 +453,12 @@ def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int
         raise InvalidTypeError(f"{function}: {argument}: expected dtype {np.dtype(dtype)}, got {checked.dtype}")
     if checked.shape != shape:
         raise InvalidDimensionsError(f"{function}: {argument}: expected shape {shape}, got {checked.shape}")
-    # Not numpy.ascontiguousarray, which gives the one scale of a tensor an axis.
-    return np.require(checked, requirements=["C", "A"]) if checked.ndim else checked
+    if not (checked.flags.c_contiguous and checked.flags.aligned):
+        raise InvalidArgumentError(
+            f"{function}: {argument}: expected a contiguous array, whose memory is shared, got strides of {checked.strides} bytes for shape"
+            f" {shape}: pass a copy, or for a part of a cache all of it and kv_lengths"
+        )
+    return checked
 
 
 def _scales_shape(shape: tuple[int, ...], layout: str, granularity: str, block_size: int | None, group_size: int | None) -> tuple[int, ...]:

@@ -298,9 +298,18 @@ pub fn part<'py>(function: &str, name: &str, values: &Bound<'py, PyAny>, dtype: 
         let words = format!("{name}: expected shape {shape:?}, got {:?}", array.shape());
         return Err(wrong_sizes(values.py(), function, &words));
     }
-    // "C": not `ascontiguousarray`, which gives a number without axes one.
-    let array = values.py().import("numpy")?.call_method1("require", (array, values.py().None(), "C"))?;
-    if dtype == "int32" { of_integers(&array) } else { Array::of(function, name, &array) }
+    // A copy would not follow what is written to it later, as the codes do.
+    // SAFETY: the pointer is that of a live array.
+    let is_aligned = unsafe { (*array.as_array_ptr()).data } as usize % size_of::<f32>() == 0;
+    if !(array.is_c_contiguous() && is_aligned) {
+        let words = format!(
+            "{name}: expected a contiguous array, whose memory is shared, got strides of {:?} bytes for shape {shape:?}: \
+             pass a copy, or for a part of a cache all of it and kv_lengths",
+            array.strides()
+        );
+        return Err(wrong_value(values.py(), function, &words));
+    }
+    if dtype == "int32" { of_integers(array.as_any()) } else { Array::of(function, name, array.as_any()) }
 }
 
 /// Whole numbers in 64 bits.
