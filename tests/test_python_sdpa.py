@@ -120,6 +120,26 @@ def test_dtypes__as_torch(sdpa, dtype):
     assert (output.double() - exact).abs().max() < {torch.float16: 1e-3, torch.bfloat16: 8e-3}.get(dtype, 1e-6)
 
 
+@pytest.mark.parametrize("chosen", [torch.float16, torch.bfloat16])
+def test_autocast__as_torch(sdpa, chosen):
+    q, k, v = (torch.randn(2, 3, 40, 24, requires_grad=True) for _ in range(3))
+    mask = torch.randn(40, 40)
+    with torch.autocast("cpu", dtype=chosen):
+        for operands in ((q, k, v), (q, k, v.to(chosen)), (q.half(), k.bfloat16(), v)):
+            output, theirs = sdpa(*operands, mask), F.scaled_dot_product_attention(*operands, mask)
+            assert output.dtype == theirs.dtype == chosen
+            same(output.float(), theirs.float(), 2e-2)
+            ours, others = (torch.autograd.grad(result.square().sum(), (q, k, v)) for result in (output, theirs))
+            for gradient, other in zip(ours, others):
+                assert gradient.dtype == other.dtype == torch.float32
+                same(gradient, other, 5e-2)
+        wide = [x.double() for x in (q, k, v)]
+        assert sdpa(*wide).dtype == torch.float64
+        with torch.autocast("cpu", enabled=False):
+            assert sdpa(q, k, v).dtype == torch.float32
+    assert sdpa(q, k, v).dtype == torch.float32
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1, 0.3, np.float32(0.3)])
 def test_scale__as_torch(sdpa, scale):
     q = torch.randn(2, 3, 4, 6)

@@ -186,8 +186,8 @@ class QuantizedTensor:
     """A tensor as INT8 or INT4 codes with scales; made by `quantize`, accepted by `attention` in place of an array.
 
     Each code stands for the real number ``scale * (code - zero_point)``, plus the channel's mean if the tensor was smoothed, with the
-    rotation undone if it was rotated. Made directly, from parts that were stored, it shares their memory, so it follows what is written there,
-    and checks their shapes.
+    rotation undone if it was rotated. Made directly, from parts that were stored, it checks their shapes and shares their memory: it
+    follows what is written there.
 
     Parameters
     ----------
@@ -440,8 +440,9 @@ def _rebuild(framework: str, parts: tuple[Any, ...], options: tuple[Any, ...]) -
 
 
 def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-    """Scales, zero points or means as a NumPy array on the given memory, which has to be contiguous: a copy would not follow what is written to
-    it later, as the codes do.
+    """Scales, zero points or means as a NumPy array on the given memory.
+
+    That has to be contiguous: a copy would not follow what is written to it later, as the codes do.
     """
     if attribute(array, "requires_grad") is True:
         array = array.detach()

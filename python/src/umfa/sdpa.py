@@ -29,6 +29,9 @@ class MetalSDPA:
     * the result of a row whose columns are all masked is 0, and so are its gradients (not NaN);
     * keys and values that are masked never reach the result or a gradient, not even a NaN.
 
+    Under ``torch.autocast`` it computes, as PyTorch's function does, in the type that this chooses, whatever floats but float64 it is
+    given.
+
     Tensors on Apple's GPU ("mps") are computed where they lie, by the thread's default context; this has never run on a Mac. What is not
     served there goes to PyTorch's own function, with one warning.
 
@@ -90,7 +93,7 @@ class MetalSDPA:
         Returns
         -------
         torch.Tensor
-            ``[..., num_heads, seq_len_q, head_dim_v]``, contiguous, of the dtype of `query`.
+            ``[..., num_heads, seq_len_q, head_dim_v]``, contiguous, of the dtype of `query`, under autocast of that.
 
         Raises
         ------
@@ -128,6 +131,7 @@ class MetalSDPA:
     ) -> Any:
         """What a call does, by this library alone."""
         torch: Any = sys.modules.get("torch")
+        query, key, value, attn_mask = _autocast(torch, query, key, value, attn_mask)
         for argument, tensor in (("query", query), ("key", key), ("value", value), ("attn_mask", attn_mask)):
             if torch is None or not isinstance(tensor, torch.Tensor):
                 if argument == "attn_mask" and tensor is None:
@@ -210,6 +214,20 @@ class MetalSDPA:
         options = options._replace(mask=mask)
         result = self._over_batches(merged_query, merged_key, merged_value, options, None if out is None else _merged(out))
         return result.unflatten(0, batches) if out is None else out
+
+
+def _autocast(torch: Any, *tensors: Any) -> tuple[Any, ...]:
+    """The tensors in the type that ``torch.autocast`` chooses where it is on; float64 and what is no float stays."""
+    device = tensors[0].device.type if torch is not None and isinstance(tensors[0], torch.Tensor) else None
+    if device not in ("cpu", "mps") or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Any) -> Any:
+        is_cast = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if is_cast and tensor.device.type == device else tensor
+
+    return tuple(map(cast, tensors))
 
 
 def _broadcast(torch: Any, query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any, Any]:
