@@ -134,7 +134,8 @@ typedef struct mfa_context_options {
 
 /*
  * Creates a context on the default device with default options and stores its handle in *context.
- * Returns 0; 5 if `context` is NULL; 2; 7. On failure *context is untouched. Any thread.
+ * Returns 0; 5 if `context` is NULL; 2; 7, also for an environment variable that says what is not here. On failure *context is untouched.
+ * Any thread.
  */
 MFA_API int32_t mfa_create_context(void* MFA_NULLABLE* MFA_CHECKED context);
 
@@ -142,7 +143,7 @@ MFA_API int32_t mfa_create_context(void* MFA_NULLABLE* MFA_CHECKED context);
  * Creates a context as `options` say (NULL: as mfa_create_context()).
  * Returns 0; 5 for a NULL `context`, a struct_size too small, an unknown device, num_threads above 256, or only one of the two allocator
  * functions; 6 for a longer options struct with nonzero unknown fields, or a GPU that lacks a feature that all kernels need (named in the
- * message); 2; 7 if the device is not here. On failure *context is untouched.
+ * message); 2; 7 if the device is not here, or an environment variable says what is not. On failure *context is untouched.
  */
 MFA_API int32_t mfa_create_context_with_options(const mfa_context_options_t* MFA_NULLABLE options, mfa_context_t* MFA_NULLABLE* MFA_CHECKED context);
 

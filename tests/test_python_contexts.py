@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -91,6 +92,17 @@ def test_num_threads__default_follows_the_environment():
         [sys.executable, "-c", script], env={**os.environ, "MFA_NUM_THREADS": "3"}, capture_output=True, text=True, check=True
     )
     assert answer.stdout == "3\n"
+
+
+@pytest.mark.parametrize("words", ["abc", "-5", "0", "1.5", "2 ", "257", "99999999999999999999"])
+def test_num_threads__nonsense_in_the_environment__is_refused(words, monkeypatch):
+    monkeypatch.setenv("MFA_NUM_THREADS", words)
+    with pytest.raises(umfa.DeviceUnavailableError, match=rf"MFA_NUM_THREADS takes a number from 1 to 256 \(got \"{re.escape(words)}\"\)"):
+        umfa.MFAContext(device="cpu")
+    with umfa.MFAContext(device="cpu", num_threads=2) as context:
+        assert context.num_threads == 2
+    monkeypatch.setenv("MFA_NUM_THREADS", "")
+    umfa.MFAContext(device="cpu").close()
 
 
 @pytest.mark.parametrize("count", [0, -1, 257, 2**32, 2**64, 10**400])

@@ -24,7 +24,7 @@ public final class CPUBackend: Backend {
 
     /// `threads`: 0 for MFA_NUM_THREADS if that is set, else for what the process may use.
     public init(threads: Int = 0, allocator: Allocator = .system) throws(MFAError) {
-        self.threads = CPUBackend.threadCount(asked: threads)
+        self.threads = try CPUBackend.threadCount(asked: threads)
         self.allocator = allocator
         table = try KernelTable(forced: environment("MFA_KERNELS"))
         workspace = Workspace(allocator: allocator)
@@ -37,11 +37,15 @@ public final class CPUBackend: Backend {
         workspace.release()
     }
 
-    private static func threadCount(asked: Int) -> Int32 {
-        var threads = asked
-        if threads <= 0, let text = environment("MFA_NUM_THREADS"), let number = Int(text), number > 0 { threads = number }
-        if threads <= 0 { threads = Int(cpu_available_threads()) }
-        return Int32(min(max(threads, 1), mostThreads))
+    private static func threadCount(asked: Int) throws(MFAError) -> Int32 {
+        if asked > 0 { return Int32(min(asked, mostThreads)) }
+        if let text = environment("MFA_NUM_THREADS"), !text.isEmpty {
+            guard let number = Int32(text), 1...mostThreads ~= Int(number) else {
+                throw MFAError(.deviceUnavailable, "MFA_NUM_THREADS takes a number from 1 to \(mostThreads) (got \"\(text)\")")
+            }
+            return number
+        }
+        return min(max(cpu_available_threads(), 1), Int32(mostThreads))
     }
 
     // MARK: Memory

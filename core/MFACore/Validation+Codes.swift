@@ -36,8 +36,12 @@ extension AttentionProblem {
         try AttentionProblem.checkScheme("key", options.quantizeKey, of: key)
         try AttentionProblem.checkScheme("value", options.quantizeValue, of: value)
 
-        if AttentionProblem.isRotated(query, options.quantizeQuery) != AttentionProblem.isRotated(key, options.quantizeKey) {
-            throw .argument("`query` and `key` must carry the same rotation (one is rotated, the other is not)")
+        let isKeyRotated = AttentionProblem.isRotated(key, options.quantizeKey)
+        if AttentionProblem.isRotated(query, options.quantizeQuery) != isKeyRotated {
+            let (rotated, other) = isKeyRotated ? ("key", "query") : ("query", "key")
+            throw .argument(
+                "`query` and `key` must carry the same rotation (`\(rotated)` is rotated, `\(other)` is not: quantise both with it or none)"
+            )
         }
         if AttentionProblem.isRotated(value, options.quantizeValue) { throw .argument("`value` must not be rotated") }
         if AttentionProblem.isSmoothed(query, options.quantizeQuery) { throw .argument("`query` must not be smoothed: only keys are") }

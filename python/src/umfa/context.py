@@ -44,7 +44,7 @@ class MFAContext:
     Raises
     ------
     DeviceUnavailableError
-        If the device is not here.
+        If the device is not here, or an environment variable asks for what is not.
     InvalidArgumentError
         For an unknown device or an illegal number of threads.
 

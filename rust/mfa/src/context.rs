@@ -88,7 +88,7 @@ impl MfaContext {
     ///
     /// # Errors
     ///
-    /// [`Error::DeviceUnavailable`] if `MFA_KERNELS` asks for kernels that do not run here, [`Error::AllocationFailed`].
+    /// [`Error::DeviceUnavailable`] if `MFA_KERNELS` or `MFA_NUM_THREADS` asks for what is not here, [`Error::AllocationFailed`].
     ///
     /// ```
     /// let context = mfa::MfaContext::new()?;
