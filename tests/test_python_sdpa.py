@@ -242,6 +242,14 @@ def test_example__numpy():
     assert output_of("numpy_attention")[-1].endswith(" True")
 
 
+def test_example__transformers():
+    pytest.importorskip("transformers")
+    logits, gradients, same_text = (line[32:] for line in output_of("transformers_attention")[-3:])
+    assert float(logits) < 3e-6
+    assert float(gradients) < 3e-6
+    assert same_text == "True"
+
+
 def test_example__training():
     losses = {line[:14].strip(): np.array(line[14:].split(), float) for line in output_of("training")[1:]}
     assert list(losses) == ["PyTorch", "umfa", "umfa, INT8"]

