@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest doe
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import suite
 
+from umfa.bench.machine import processor_name
+
 DOCUMENT = suite.ROOT / "docs" / "conformance.md"
 BEGIN, END = "<!-- begin matrix -->", "<!-- end matrix -->"
 
@@ -78,8 +80,8 @@ def main() -> int:
     by_language, same = languages()
     by_feature, near = features()
     matrix = [
-        f"{len(suite.cases())} cases, on {platform.system()} {platform.machine()}. In each language, how many of the cases that it can say",
-        "give C's bytes, statuses and words:",
+        f"{len(suite.cases())} cases, on {platform.system()} {platform.machine()} ({processor_name()}). In each language, how many of the",
+        "cases that it can say give C's bytes, statuses and words:",
         "",
         *by_language,
         "",
