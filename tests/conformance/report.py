@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as pytest does
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tools"))
 import suite
-
 from umfa.bench.machine import processor_name
 
 DOCUMENT = suite.ROOT / "docs" / "conformance.md"
