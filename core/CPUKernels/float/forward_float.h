@@ -237,12 +237,6 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
     vector_store(statistics->sum + row, vector_load(statistics->sum + row) * rescale + sum);
 }
 
-/* What is found of a vector of rows while its scores are looked at: of every other column, lest each wait for the one before. */
-typedef struct {
-    vector largest, largest_odd, probe, probe_odd; /* probes are NaN once an attended score is not finite */
-    vector_mask any;                               /* whether one is attended */
-} scan;
-
 /* Looks at the scores of columns first ..< last, all of which are attended. */
 INLINE void scan_whole_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
     const int64_t rows = tile->rows;
@@ -250,17 +244,10 @@ INLINE void scan_whole_columns(const score_tile* tile, int64_t row, int64_t firs
     if (first < last) scan->any = (vector_mask)(real_bits)-1;
     int64_t column = first;
     for (; column + 1 < last; column += 2) {
-        const vector score = vector_load(scores + column * rows), odd = vector_load(scores + (column + 1) * rows);
-        scan->largest = vector_max(scan->largest, score);
-        scan->largest_odd = vector_max(scan->largest_odd, odd);
-        scan->probe += score * 0.0f;
-        scan->probe_odd += odd * 0.0f;
+        scan_number(vector_load(scores + column * rows), false, scan);
+        scan_number(vector_load(scores + (column + 1) * rows), true, scan);
     }
-    if (column < last) {
-        const vector score = vector_load(scores + column * rows);
-        scan->largest = vector_max(scan->largest, score);
-        scan->probe += score * 0.0f;
-    }
+    if (column < last) scan_number(vector_load(scores + column * rows), false, scan);
 }
 
 /* The same where limits or a mask exclude some, whose scores become -inf. */
@@ -277,14 +264,20 @@ INLINE void scan_columns(const score_tile* tile, int64_t row, int64_t first, int
     }
 }
 
-/* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. */
-static void weigh_plain_panel(forward_workspace* panel) {
+/* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. `scans`: of each vector of rows, made where
+ * all is attended. */
+static void weigh_plain_panel(forward_workspace* panel, const scan* scans) {
     const score_tile* tile = &panel->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        scan scan = {vector_of(-INFINITY), vector_of(-INFINITY), vector_of(0), vector_of(0), 0};
-        scan_columns(tile, row, 0, tile->whole.first, &scan);
-        scan_whole_columns(tile, row, tile->whole.first, tile->whole.last, &scan);
-        scan_columns(tile, row, tile->whole.last, tile->columns, &scan);
+        scan scan = SCAN_OF_NONE;
+        if (tile->full) {
+            scan = scans[row / LANES];
+            scan.any = (vector_mask)(real_bits)-1;
+        } else {
+            scan_columns(tile, row, 0, tile->whole.first, &scan);
+            scan_whole_columns(tile, row, tile->whole.first, tile->whole.last, &scan);
+            scan_columns(tile, row, tile->whole.last, tile->columns, &scan);
+        }
         *(vector_mask*)(tile->infinite + row) |= (scan.probe + scan.probe_odd != 0) & scan.any;
         *(vector_mask*)(panel->statistics.attended + row) |= scan.any;
         weigh_rows(panel, row, vector_max(scan.largest, scan.largest_odd));
@@ -343,10 +336,12 @@ static forward_workspace* attend_block(const cpu_attention* attention, forward_w
     (void)waiting;
     const score_tile* tile = &panel->tile;
     const column_block* block = &panel->block;
+    scan scans[KERNEL_PANEL_VECTORS];
+    for (int v = 0; v < KERNEL_PANEL_VECTORS; v++) scans[v] = SCAN_OF_NONE;
     multiply_panel_by_rows(tile->rows, tile->columns, attention->head_dim, block->key, block->key_pitch, panel->query, tile->scores,
-                           panel->upcoming);
+                           panel->upcoming, panel->plain && tile->full ? scans : NULL);
     if (panel->plain) {
-        weigh_plain_panel(panel);
+        weigh_plain_panel(panel, scans);
     } else {
         weigh_general_panel(attention, panel);
     }
