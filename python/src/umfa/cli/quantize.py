@@ -197,7 +197,8 @@ def study(
             raise UnusableFileError(f"{file.path}: {name}: {reason}")
     chosen = list(dict.fromkeys(names)) or [name for name, description in file.tensors.items() if not _unfit(*description)]
     if not chosen:
-        raise UnusableFileError(f"{file.path} has no float tensor with 2 to 4 axes; it has {_listed(file.tensors)}")
+        described = [f"{name} ({dtype} {list(shape)})" for name, (dtype, shape) in file.tensors.items()]
+        raise UnusableFileError(f"{file.path} has no float tensor with 2 to 4 axes and elements; it has {_listed(described)}")
     found, left_out = [], []
     for done, name in enumerate(chosen):
         if advance is not None:
