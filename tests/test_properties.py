@@ -137,7 +137,7 @@ def test_attention__padded_with_poison__gives_the_bits_of_the_unpadded(option, d
 
 def first_tokens(tensor, length):
     """The first tokens of a quantised tensor, sharing its codes."""
-    take = {"tensor": lambda part: part, "token": lambda part: part[..., :length]}[tensor.granularity]
+    take = {"tensor": lambda part: part, "token": lambda part: part[..., :length].copy()}[tensor.granularity]
     zero_points = None if tensor.zero_points is None else take(tensor.zero_points)
     shape = (*tensor.shape[:2], length, tensor.shape[3])
     return umfa.QuantizedTensor(tensor.data[:, :, :length], take(tensor.scales), zero_points, shape=shape, granularity=tensor.granularity)
