@@ -424,6 +424,20 @@ def test_second_derivatives_of_merging__by_inputs_that_are_named__are_refused(at
             ATTEMPTS[attempt](gradient.square().sum(), x)
 
 
+def test_gradients_with_a_graph__of_a_checkpoint__are_those_without():
+    q, k, v = operands()
+
+    def both(q, k, v):
+        first, second = (umfa.attention(q, k[:, :, half], v[:, :, half], return_lse=True) for half in (slice(0, 3), slice(3, None)))
+        return umfa.merge(*first, *second)[0]
+
+    for function in (umfa.attention, both):
+        expected = torch.autograd.grad(function(q, k, v).square().sum(), (q, k, v))
+        loss = checkpoint(function, q, k, v, use_reentrant=False).square().sum()
+        for gradient, other in zip(torch.autograd.grad(loss, (q, k, v), create_graph=True), expected):
+            assert torch.equal(gradient, other)
+
+
 def test_backward_twice__needs_retain_graph_and_gives_the_same_bits():
     q, k, v = operands()
     output = umfa.attention(q, k, v)

@@ -16,10 +16,19 @@ metal_sdpa = umfa.MetalSDPA()
 
 
 def umfa_attention(
-    _module: Any, query: Any, key: Any, value: Any, attention_mask: Any, scaling: float | None = None, dropout: float = 0.0, **_: Any
+    module: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **_: Any,
 ) -> tuple[Any, None]:
-    """Attention of one layer, as the library asks for it. Without a mask it is causal, but for a single token, which sees all."""
-    causal = attention_mask is None and query.shape[2] > 1
+    """Attention of one layer, as the library asks for it. A decoder's is causal without a mask; a single token sees all."""
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query.shape[2] > 1
     output = metal_sdpa(query, key, value, attention_mask, dropout, causal, scaling, enable_gqa=True)
     return output.transpose(1, 2), None
 

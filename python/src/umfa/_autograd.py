@@ -45,20 +45,22 @@ class _FirstOrder(torch.autograd.Function):  # type: ignore[misc]  # PyTorch is 
 
 
 def _once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Make a backward one of first order.
+    """Make a backward one of first order. It is called with the context, the saved tensors and the gradients.
 
+    The tensors are asked for once: checkpoints do not give them a second time.
     PyTorch's own `once_differentiable` lets second derivatives through as 0 where the gradient of the output is a constant, as it is for a
     plain sum.
     """
 
     @functools.wraps(backward)
     def computed_once(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            gradients = backward(ctx, *grad_outputs)
+            gradients = backward(ctx, saved, *grad_outputs)
         if not torch.is_grad_enabled():
             return gradients
         gradients = tuple(gradient if gradient is None else gradient.requires_grad_() for gradient in gradients)
-        results: tuple[Any, ...] = _FirstOrder.apply(ctx.function, len(gradients), *gradients, *ctx.saved_tensors, *grad_outputs)
+        results: tuple[Any, ...] = _FirstOrder.apply(ctx.function, len(gradients), *gradients, *saved, *grad_outputs)
         return results
 
     return computed_once
@@ -92,11 +94,11 @@ class Attention(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
         needed = [name for name, wanted in zip(_DIFFERENTIABLE, ctx.needs_input_grad[1:], strict=True) if wanted]
         if not needed or (grad_output is None and grad_lse is None):
             return (None,) * (1 + len(_DIFFERENTIABLE))
-        output, lse, *tensors = ctx.saved_tensors
+        output, lse, *tensors = saved
         q, k, v, mask, alibi_slopes, sinks, kv_lengths, query_offset = (
             other if tensor is None else tensor for tensor, other in zip(tensors, ctx.others, strict=True)
         )
@@ -168,8 +170,8 @@ class Merge(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     @_once
-    def backward(ctx: Any, grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
-        out_a, lse_a, out_b, lse_b, lse = ctx.saved_tensors
+    def backward(ctx: Any, saved: tuple[Any, ...], grad_output: Any, grad_lse: Any) -> tuple[Any, ...]:
+        out_a, lse_a, out_b, lse_b, lse = saved
 
         def over_channels(row_values: Any) -> Any:
             return (row_values.transpose(1, 2) if ctx.heads_last else row_values).unsqueeze(-1)

@@ -247,8 +247,11 @@ class QuantizedTensor:
         function = "umfa.QuantizedTensor"
         try:
             view = view_of(function, "data", data)
-        except InvalidTypeError as error:
-            raise InvalidTypeError(f"{function}: data: expected an array of int8, or of uint8 for INT4, got {_kind_of(data)}") from error
+        except InvalidTypeError:
+            dtype = str(attribute(data, "dtype"))
+            if dtype.rpartition(".")[2] in ("int8", "uint8", "None"):  # something else is wrong with it
+                raise
+            raise InvalidTypeError(f"{function}: data: expected dtype int8, or uint8 for INT4, got {dtype}") from None
         if view.precision in (INT8, INT4):
             self._framework = view.framework
             self._data = numpy_of(function, "data", view)
@@ -433,19 +436,15 @@ class QuantizedTensor:
 def _rebuild(framework: str, parts: tuple[Any, ...], options: tuple[Any, ...]) -> QuantizedTensor:
     """The inverse of pickling."""
     shape, granularity, block_size, group_size, rotated, layout = options
+    data, *others = parts
+    aligned = (part if part is None else np.require(part, requirements=["A"]) for part in others)  # buffers out of band may lie anywhere
     tensor = QuantizedTensor(
-        *parts, shape=shape, granularity=granularity, block_size=block_size, group_size=group_size, rotated=rotated, layout=layout
+        data, *aligned, shape=shape, granularity=granularity, block_size=block_size, group_size=group_size, rotated=rotated, layout=layout
     )
     if framework != tensor._framework.name:
         tensor._framework = framework_named(framework)
         tensor._describe()
     return tensor
-
-
-def _kind_of(array: Any) -> str:
-    """What an array that is of no use is, for a message."""
-    dtype = attribute(array, "dtype")
-    return describe(array) if dtype is None else f"dtype {dtype}"
 
 
 def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -465,8 +464,8 @@ def _part(function: str, argument: str, array: Any, dtype: Any, shape: tuple[int
         raise InvalidDimensionsError(f"{function}: {argument}: expected shape {shape}, got {checked.shape}")
     if not (checked.flags.c_contiguous and checked.flags.aligned):
         raise InvalidArgumentError(
-            f"{function}: {argument}: expected a contiguous array, whose memory is shared, got strides of {checked.strides} bytes for shape"
-            f" {shape}: pass a copy, or for a part of a cache all of it and kv_lengths"
+            f"{function}: {argument}: expected a contiguous array of aligned elements, whose memory is shared, got strides of"
+            f" {checked.strides} bytes for shape {shape}: pass a copy, or for a part of a cache all of it and kv_lengths"
         )
     return checked
 

@@ -217,8 +217,9 @@ class MetalSDPA:
 
 
 def _autocast(torch: Any, *tensors: Any) -> tuple[Any, ...]:
-    """The tensors in the type that ``torch.autocast`` chooses where it is on; float64 and what is no float stays."""
-    device = tensors[0].device.type if torch is not None and isinstance(tensors[0], torch.Tensor) else None
+    """The tensors in the type that ``torch.autocast`` chooses where it is on; float64 stays, and all beside a float64 query."""
+    query = tensors[0]
+    device = query.device.type if torch is not None and isinstance(query, torch.Tensor) and query.dtype != torch.float64 else None
     if device not in ("cpu", "mps") or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

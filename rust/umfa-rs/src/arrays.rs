@@ -303,7 +303,7 @@ pub fn part<'py>(function: &str, name: &str, values: &Bound<'py, PyAny>, dtype: 
     let is_aligned = unsafe { (*array.as_array_ptr()).data } as usize % size_of::<f32>() == 0;
     if !(array.is_c_contiguous() && is_aligned) {
         let words = format!(
-            "{name}: expected a contiguous array, whose memory is shared, got strides of {:?} bytes for shape {shape:?}: \
+            "{name}: expected a contiguous array of aligned elements, whose memory is shared, got strides of {:?} bytes for shape {shape:?}: \
              pass a copy, or for a part of a cache all of it and kv_lengths",
             array.strides()
         );
