@@ -241,7 +241,6 @@ INLINE void weigh_rows(forward_workspace* panel, int64_t row, vector largest) {
 INLINE void scan_whole_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
     const int64_t rows = tile->rows;
     const real* scores = tile->scores + row;
-    if (first < last) scan->any = (vector_mask)(real_bits)-1;
     int64_t column = first;
     for (; column + 1 < last; column += 2) {
         scan_number(vector_load(scores + column * rows), false, scan);
@@ -250,36 +249,36 @@ INLINE void scan_whole_columns(const score_tile* tile, int64_t row, int64_t firs
     if (column < last) scan_number(vector_load(scores + column * rows), false, scan);
 }
 
-/* The same where limits or a mask exclude some, whose scores become -inf. */
-INLINE void scan_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
+/* The same where limits or a mask exclude some, whose scores become -inf. Returns which rows attend any. */
+INLINE vector_mask scan_columns(const score_tile* tile, int64_t row, int64_t first, int64_t last, scan* scan) {
+    vector_mask any = (vector_mask)(real_bits)0;
     for (int64_t column = first; column < last; column++) {
         real* at = tile->scores + column * tile->rows + row;
         const vector_mask attended = attended_rows(tile, column, row);
-        scan->any |= attended;
+        any |= attended;
         const vector score = vector_load(at);
         scan->probe += vector_select(attended, score, vector_of(0)) * 0.0f;
         const vector selected = vector_select(attended, score, vector_of(-INFINITY));
         scan->largest = vector_max(scan->largest, selected);
         vector_store(at, selected);
     }
+    return any;
 }
 
-/* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. `scans`: of each vector of rows, made where
- * all is attended. */
+/* Scores that are nothing but dot products; limits and a boolean mask may exclude some of them. `scans`: of each vector of rows; of none
+ * yet, unless all is attended. */
 static void weigh_plain_panel(forward_workspace* panel, const scan* scans) {
     const score_tile* tile = &panel->tile;
     for (int64_t row = 0; row < tile->rows; row += LANES) {
-        scan scan = SCAN_OF_NONE;
-        if (tile->full) {
-            scan = scans[row / LANES];
-            scan.any = (vector_mask)(real_bits)-1;
-        } else {
-            scan_columns(tile, row, 0, tile->whole.first, &scan);
+        scan scan = scans[row / LANES];
+        vector_mask any = (vector_mask)(real_bits)(tile->whole.first < tile->whole.last ? -1 : 0);
+        if (!tile->full) {
+            any |= scan_columns(tile, row, 0, tile->whole.first, &scan);
             scan_whole_columns(tile, row, tile->whole.first, tile->whole.last, &scan);
-            scan_columns(tile, row, tile->whole.last, tile->columns, &scan);
+            any |= scan_columns(tile, row, tile->whole.last, tile->columns, &scan);
         }
-        *(vector_mask*)(tile->infinite + row) |= (scan.probe + scan.probe_odd != 0) & scan.any;
-        *(vector_mask*)(panel->statistics.attended + row) |= scan.any;
+        *(vector_mask*)(tile->infinite + row) |= (scan.probe + scan.probe_odd != 0) & any;
+        *(vector_mask*)(panel->statistics.attended + row) |= any;
         weigh_rows(panel, row, vector_max(scan.largest, scan.largest_odd));
     }
 }

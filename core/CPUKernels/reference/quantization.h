@@ -202,7 +202,10 @@ static void load_tokens(const quantization_item* item, int64_t first, int64_t co
     } else {
         load_rotated_tokens(item, first, count, rows);
     }
-    for (int64_t row = 0; row < count && item->means != NULL; ++row) {
+    if (item->means == NULL) {
+        return;
+    }
+    for (int64_t row = 0; row < count; ++row) {
         subtract_means(source + row * channels, item->means, channels, rows + row * channels);
     }
 }

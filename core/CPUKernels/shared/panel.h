@@ -14,7 +14,6 @@ enum { PRODUCT_ROWS = 6, PRODUCT_REST = 4 };
 /* What is found of a vector of lanes while the rows of a product are looked at: of every other row, lest each wait for the one before. */
 typedef struct {
     vector largest, largest_odd, probe, probe_odd; /* probes are NaN once a number is not finite */
-    vector_mask any;                               /* lanes of which one was looked at */
 } scan;
 
 static const scan SCAN_OF_NONE = {.largest = -INFINITY, .largest_odd = -INFINITY};
@@ -100,11 +99,7 @@ INLINE void multiply_panel(int64_t lanes, int64_t rows, int64_t depth, const rea
 /* c[n][lane] = sum over k of a[n][k] * b[k][lane]. `scans`: of each vector of lanes; NULL: not asked for. */
 static void multiply_panel_by_rows(int64_t lanes, int64_t rows, int64_t depth, const real* a, int64_t pitch, const real* b, real* c,
                                    upcoming_rows* upcoming, scan* scans) {
-    if (scans) {
-        multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL, upcoming, scans);
-    } else {
-        multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL, upcoming, NULL);
-    }
+    multiply_panel(lanes, rows, depth, a, pitch, 1, b, c, NULL, upcoming, scans);
 }
 
 /* c[n][lane] = rescale[lane] * c[n][lane] + sum over k of a[k][n] * b[k][lane]. */
